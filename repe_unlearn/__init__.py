@@ -1,0 +1,48 @@
+"""Make a model stop representing something: capture, solve in closed form, hook or bake, verify, export."""
+
+from importlib.metadata import version as _version
+
+from . import export, solvers
+from .activations import capture, gather
+from .architectures import Architecture
+from .audit import Check, Report, verify
+from .contrast import Contrast, Example
+from .eraser import Eraser
+from .fingerprint import fingerprint
+from .folding import bake
+from .hooks import apply
+from .models import Loaded, load
+from .moments import Moments
+from .patch import Patch
+from .plan import ErasurePlan, solve
+from .sequential import fit_sequential
+from .sites import Site
+from .tokens import Select
+
+__version__ = _version("repe-unlearn")
+
+__all__ = [
+    "Architecture",
+    "Check",
+    "Contrast",
+    "Eraser",
+    "ErasurePlan",
+    "Example",
+    "Loaded",
+    "Moments",
+    "Patch",
+    "Report",
+    "Select",
+    "Site",
+    "apply",
+    "bake",
+    "capture",
+    "export",
+    "fingerprint",
+    "fit_sequential",
+    "gather",
+    "load",
+    "solve",
+    "solvers",
+    "verify",
+]

@@ -1,0 +1,425 @@
+"""Command line: thin over the Python API."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import InputError, NumericalWarning, RepeUnlearnError
+
+if TYPE_CHECKING:
+    from .contrast import Contrast
+
+app = typer.Typer(
+    name="repe-unlearn",
+    help="Make a model stop representing something: capture, solve in closed form, hook or bake, verify, export.\n\n"
+    "Exit codes: 0 done, 1 an error (one line says what to do), 2 wrong usage, 3 a check of the report failed.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console()
+complaints = Console(stderr=True)
+
+_SOLVERS = ("leace", "mean_difference", "random")
+
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="smollm2-135m (built in), a folder, a .gguf file, or a hub name."),
+]
+ConceptOption = Annotated[
+    str,
+    typer.Option(
+        "--contrast",
+        "-c",
+        help="Labelled prompts: 'gender' or 'tense' (built in), or a .jsonl/.csv file with the columns text and label (and "
+        "optionally group, template, pair), or positive and negative.",
+    ),
+]
+PairsOption = Annotated[
+    int, typer.Option(help="Pairs to fit on (built-in sets are generated to that size).", min=2)
+]
+SeedOption = Annotated[int, typer.Option(help="Seed of prompts, splits and controls.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace what exists at the output path.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """One clear line for an error that the package raises on purpose; Ctrl-C is not a traceback either."""
+    try:
+        yield
+    except (RepeUnlearnError, OSError) as error:
+        complaints.print(
+            f"[bold red]error:[/] {_escape(' '.join([str(error), *getattr(error, '__notes__', [])]))}",
+            soft_wrap=True,
+        )
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        complaints.print("interrupted; nothing half-written was left behind")
+        raise typer.Exit(130) from None
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *_: object) -> None:
+    complaints.print(f"[yellow]warning:[/] {_escape(str(message))}", soft_wrap=True)
+
+
+@app.callback()
+def main() -> None:
+    """Set up messages for every command."""
+    import logging
+    import os
+
+    # Progress and warnings come from this package; transformers' own bars and advice only get in between.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.simplefilter("default", NumericalWarning)
+    warnings.showwarning = _show_warning  # type: ignore[assignment]  # same call, fewer words
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for plan, patch, patched model and report.")] = Path(
+        "demo-out"
+    ),
+    concept: Annotated[str, typer.Option(help="gender or tense.")] = "gender",
+    model: Annotated[str, typer.Option(help="Model, see 'info'.")] = "smollm2-135m",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer prompts, every fifth layer; numbers are rougher.")
+    ] = False,
+    seed: SeedOption = 0,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run the main job on a real model: fit, hook, bake, export, verify, report.
+
+    Erases a concept at every norm output of the model (60 sites of SmolLM2-135M), writes a patched checkpoint that plain
+    transformers loads, and an HTML report on what was removed and what it cost. About five minutes on two cores.
+    """
+    from .demo import FULL, QUICK
+    from .demo import demo as run
+
+    with _errors():
+        outcome = run(
+            out,
+            concept=concept,
+            model=model,
+            size=QUICK if quick else FULL,
+            force=force,
+            seed=seed,
+            progress=not quiet,
+            say=lambda line: console.print(_escape(line), highlight=False),
+        )
+    console.print(outcome.report.table())
+    for when, text in outcome.continuations.items():
+        console.print(f"[dim]{when}:[/] {_escape(text)}")
+    total = sum(outcome.seconds.values())
+    console.print(f"\n[bold]{_escape(outcome.report.verdict)}[/]")
+    console.print(f"{total:.0f} s, peak memory {outcome.peak_bytes / 2**30:.1f} GiB")
+    console.print(f"report: {outcome.folder / 'report.html'}\npatched model: {outcome.folder / 'model'}")
+    _exit(outcome.report.passed)
+
+
+@app.command()
+def info(model: Model = "smollm2-135m", quiet: QuietOption = False) -> None:
+    """Show what can be done with a model: sites, and how exactly an eraser at each kind of site can be baked."""
+    from .architectures import Architecture
+    from .folding import exactness
+    from .models import load
+
+    with _errors():
+        loaded = load(model, progress=not quiet)
+        arch = Architecture.of(loaded.model)
+        parameters = sum(p.numel() for p in loaded.model.parameters())
+        facts = Table(show_header=False, box=None)
+        for name, value in {
+            "model": f"{type(loaded.model).__name__} ({arch.model_type})",
+            "source": str(loaded.source),
+            "fingerprint": loaded.fingerprint,
+            "layers": str(arch.n_layers),
+            "width": str(loaded.model.config.hidden_size),
+            "parameters": f"{parameters / 1e6:.1f} M, {str(loaded.model.dtype).removeprefix('torch.')}",
+            "tied embeddings": str(bool(loaded.model.config.tie_word_embeddings)),
+        }.items():
+            facts.add_row(f"[bold]{name}[/]", _escape(value))
+        table = Table(title="sites")
+        for column in ("kind", "number", "first", "affine eraser", "linear eraser"):
+            table.add_column(column, overflow="fold")
+        for kind, rows in exactness(loaded.model).items():
+            sites = arch.sites(kind)
+            table.add_row(kind, str(len(sites)), str(sites[0]), rows["affine"], rows["linear"])
+    console.print(facts)
+    console.print(table)
+
+
+@app.command()
+def fit(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="Plan file to write (.safetensors).")],
+    contrast: ConceptOption = "gender",
+    pairs: PairsOption = 900,
+    sites: Annotated[
+        str,
+        typer.Option(
+            help="Site kinds, comma-separated: attn_in, mlp_in, attn_out, mlp_out, resid_pre, resid_post, final."
+        ),
+    ] = "attn_in,mlp_in",
+    layers: Annotated[str, typer.Option(help="Layers, e.g. '0-9,20' (default all).")] = "",
+    solver: Annotated[str, typer.Option(help=f"One of {', '.join(_SOLVERS)}.")] = "leace",
+    linear: Annotated[
+        bool,
+        typer.Option("--linear", help="Erasers without a constant, for families that have no bias slot."),
+    ] = False,
+    select: Annotated[
+        str,
+        typer.Option(
+            help="Tokens: last, mean, all, word, words, after_prompt; options ',sinks=N' ',specials'."
+        ),
+    ] = "mean",
+    test: Annotated[
+        float, typer.Option(help="Share of the data that is held out, content and wording.")
+    ] = 0.25,
+    independent: Annotated[
+        bool,
+        typer.Option("--independent", help="Fit every site on the untouched model instead of in sequence."),
+    ] = False,
+    seed: SeedOption = 0,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Fit erasers on labelled prompts and write a plan.
+
+    The prompts are split first; the held-out part is for 'verify', which finds the same split from the plan.
+    """
+    with _errors():
+        if out.exists() and not force:
+            raise InputError(f"{out} exists; choose another path or pass --force.")
+        from . import solvers
+        from .activations import capture
+        from .architectures import Architecture
+        from .models import load
+        from .plan import solve
+        from .sequential import fit_sequential
+
+        if solver not in _SOLVERS:
+            raise InputError(f"got solver {solver!r}; needed one of {', '.join(_SOLVERS)}.")
+        method = getattr(solvers, solver)
+        chosen = partial(method, affine=False) if linear else method
+        recipe = {"contrast": contrast, "pairs": str(pairs), "test": str(test), "seed": str(seed)}
+        fitting, _ = _split(recipe)
+        loaded = load(model, progress=not quiet)
+        arch = Architecture.of(loaded.model)
+        where = arch.sites(*sites.split(","), layers=_layers(layers))  # type: ignore[arg-type]  # sites() checks the kinds
+        options = {"select": select, "progress": not quiet}
+        if independent:
+            moments = capture(loaded.model, loaded.tokenizer, fitting, where, **options)
+            facts = {
+                "concept": fitting.name,
+                "prompts": str(len(fitting)),
+                "select": select,
+                "fit": "independent",
+                **recipe,
+            }
+            plan = solve(moments, chosen, fingerprint=loaded.fingerprint, provenance=facts)
+        else:
+            plan = fit_sequential(
+                loaded.model, loaded.tokenizer, fitting, where, chosen, provenance=recipe, **options
+            )
+        plan.save(out, force=force)
+    console.print(f"{_escape(repr(plan))}\nwritten: {out}")
+
+
+@app.command()
+def bake(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(help="Plan file from 'fit'.")],
+    out: Annotated[Path, typer.Argument(help="Patch file to write (.safetensors).")],
+    allow: Annotated[
+        str, typer.Option(help="Weakest exactness accepted: exact or erasure-exact (post-norm families).")
+    ] = "exact",
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Turn a plan into weight edits and write them as a patch; the model is not changed."""
+    with _errors():
+        if out.exists() and not force:
+            raise InputError(f"{out} exists; choose another path or pass --force.")
+        from . import folding
+        from .models import load
+        from .plan import ErasurePlan
+
+        erasers = ErasurePlan.load(plan)
+        loaded = load(model, progress=not quiet)
+        patch = folding.bake(loaded.model, erasers, allow=allow)  # type: ignore[arg-type]  # bake() checks the value
+        patch.save(out, force=force)
+        table = Table(title="largest edits")
+        for column in ("tensor", "rank", "norm", "relative"):
+            table.add_column(column)
+        rows = sorted(patch.report(loaded.model), key=lambda row: -row.norm)[:8]
+        for row in rows:
+            table.add_row(
+                row.name,
+                str(row.rank or "dense"),
+                f"{row.norm:.3g}",
+                "new" if row.relative != row.relative else f"{row.relative:.2%}",
+            )
+    console.print(table)
+    console.print(f"{_escape(repr(patch))}\ncoverage: {patch.provenance['coverage']}\nwritten: {out}")
+
+
+@app.command()
+def export(
+    model: Model,
+    patch: Annotated[Path, typer.Argument(help="Patch file from 'bake'.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; plain transformers loads it.")],
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a patched copy of the checkpoint, tensor by tensor, with tokenizer and manifest."""
+    with _errors():
+        from . import export as exporting
+        from .models import load
+        from .patch import Patch
+
+        edits = Patch.load(patch)
+        loaded = load(model, progress=not quiet)
+        folder = exporting.checkpoint(
+            loaded.source, edits, out, tokenizer=loaded.tokenizer, force=force, progress=not quiet
+        )
+    console.print(f"written: {folder}")
+
+
+@app.command()
+def verify(
+    model: Model,
+    plan: Annotated[Path, typer.Argument(help="Plan file from 'fit'.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.html, report.md, report.json.")] = Path(
+        "report"
+    ),
+    contrast: Annotated[
+        str, typer.Option("--contrast", "-c", help="Labelled prompts; default those recorded in the plan.")
+    ] = "",
+    exported: Annotated[
+        Path | None, typer.Option(help="Exported folder to check against the baked weights.")
+    ] = None,
+    prompts: Annotated[
+        int, typer.Option(help="Most fitting and most held-out prompts for the probes.", min=40)
+    ] = 560,
+    seed: SeedOption = 0,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure on held-out prompts what a plan removes, what it costs, and that hook, bake and export agree.
+
+    Exit code 3 if a check fails.
+    """
+    with _errors():
+        from .audit import verify as run
+        from .models import load
+        from .plan import ErasurePlan
+
+        erasers = ErasurePlan.load(plan)
+        recipe = dict(erasers.provenance) | ({"contrast": contrast} if contrast else {})
+        fitting, heldout = _split(recipe)
+        loaded = load(model, progress=not quiet)
+        report = run(
+            loaded.model,
+            loaded.tokenizer,
+            erasers,
+            fit=fitting,
+            heldout=heldout,
+            exported=exported,
+            probe_prompts=prompts,
+            seed=seed,
+            progress=not quiet,
+        )
+        page = report.save(out, force=force)
+    console.print(report.table())
+    console.print(f"\n[bold]{_escape(report.verdict)}[/]\nreport: {page}")
+    _exit(report.passed)
+
+
+def _exit(passed: bool) -> None:
+    if not passed:
+        raise typer.Exit(3)
+
+
+def _split(recipe: dict[str, str]) -> tuple[Contrast, Contrast]:
+    """Return the fitting and the held-out prompts that a recipe (in a plan's provenance) names."""
+    from .builtin import BUILTINS
+    from .contrast import Contrast
+
+    missing = [key for key in ("contrast", "pairs", "test", "seed") if key not in recipe]
+    if missing:
+        raise InputError(
+            f"the plan does not record its {', '.join(missing)}; it was not made by 'fit'. Verify it from Python instead."
+        )
+    source, pairs, test, seed = (
+        recipe["contrast"],
+        int(recipe["pairs"]),
+        float(recipe["test"]),
+        int(recipe["seed"]),
+    )
+    if source in BUILTINS:
+        # A split drops what mixes held-out content with fitting wording, so make more than is used.
+        everything = Contrast.builtin(source, pairs=4 * pairs, seed=seed)
+    else:
+        everything = _read(Path(source))
+    fitting, heldout = everything.split(test, seed=seed)
+    return fitting.sample(min(pairs, len(set(fitting.pairs))), seed), heldout
+
+
+def _read(path: Path) -> Contrast:
+    from .contrast import Contrast
+    from .readers import read_csv, read_jsonl
+
+    if path.suffix not in (".jsonl", ".csv"):
+        raise InputError(f"got contrast {str(path)!r}; needed gender, tense, or a .jsonl or .csv file.")
+    jsonl = path.suffix == ".jsonl"
+    present = set((read_jsonl if jsonl else read_csv)(path).columns)
+    paired = {"positive", "negative"} <= present
+
+    def column(name: str, wanted: bool = True) -> str | None:
+        return name if wanted and name in present else None
+
+    return (Contrast.from_jsonl if jsonl else Contrast.from_csv)(
+        path,
+        group=column("group"),
+        template=column("template"),
+        pair=column("pair", not paired),
+        positive=column("positive", paired),
+        negative=column("negative", paired),
+    )
+
+
+def _layers(text: str) -> list[int] | None:
+    if not text:
+        return None
+    chosen: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise InputError(f"got layers {text!r}; needed numbers and ranges such as '0-9,20'.")
+        chosen += range(int(first), int(last if dash else first) + 1)
+    return chosen
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,179 @@
+"""The main job from end to end on the built-in real model: what ``repe-unlearn demo`` runs."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from . import export
+from .architectures import Architecture
+from .audit import Report, verify
+from .contrast import Contrast
+from .errors import OutputExistsError
+from .folding import bake
+from .hooks import apply
+from .models import DEFAULT, load
+from .patch import Patch
+from .plan import ErasurePlan
+from .sequential import fit_sequential
+from .solvers import leace, mean_difference
+
+_PROMPT = "The nurse came home, took off the coat, and then"
+
+
+@dataclass(frozen=True, slots=True)
+class Size:
+    """How much data a demo run uses: pairs to fit on, pairs for the comparison solver, prompts to probe, layers."""
+
+    fit_pairs: int
+    other_pairs: int
+    probe_prompts: int
+    every: int
+
+
+FULL = Size(fit_pairs=900, other_pairs=200, probe_prompts=560, every=1)
+QUICK = Size(fit_pairs=200, other_pairs=60, probe_prompts=160, every=5)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outcome:
+    """What a demo made.
+
+    Attributes:
+        report: of ``verify``.
+        plan, patch: the eraser and its weight edit.
+        folder: where everything lies: plan.safetensors, patch.safetensors, model/, report.html.
+        seconds: of each step.
+        peak_bytes: largest resident memory of this process so far.
+        continuations: what the model says before and after.
+    """
+
+    report: Report
+    plan: ErasurePlan
+    patch: Patch
+    folder: Path
+    seconds: dict[str, float]
+    peak_bytes: int
+    continuations: dict[str, str]
+
+
+def demo(
+    out: str | Path,
+    *,
+    concept: str = "gender",
+    model: str = DEFAULT,
+    size: Size = FULL,
+    force: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> Outcome:
+    """Erase a built-in concept from a real model, as hooks and in the weights, export it and verify everything.
+
+    Args:
+        out: folder for the results.
+        concept: ``"gender"`` or ``"tense"``.
+        model: as for ``load``.
+        size: ``FULL`` or ``QUICK``.
+        force: replace an earlier result in ``out``.
+        seed: of the prompts, the split and all controls.
+        progress: show progress bars.
+        say: gets one line per step.
+
+    Raises:
+        OutputExistsError: ``out`` exists and ``force`` is False.
+    """
+    out = Path(out)
+    if out.exists() and not force:
+        raise OutputExistsError(f"{out} exists; choose another folder or pass force=True (--force).")
+    seconds: dict[str, float] = {}
+
+    def step(name: str, work: Callable[[], Any]) -> Any:
+        start = time.perf_counter()
+        result = work()
+        seconds[name] = time.perf_counter() - start
+        say(f"{name}: {seconds[name]:.1f} s")
+        return result
+
+    loaded = step("load", lambda: load(model, progress=progress))
+    network, tokenizer = loaded.model, loaded.tokenizer
+    fit, heldout = step("prompts", lambda: prompts(concept, size, seed))
+    say(str(fit.describe()))
+    arch = Architecture.of(network)
+    sites = arch.sites("attn_in", "mlp_in", layers=range(0, arch.n_layers, size.every))
+    fitting = {"select": "mean", "progress": progress}
+    plan = step("fit LEACE", lambda: fit_sequential(network, tokenizer, fit, sites, leace, **fitting))
+    other = step(
+        "fit mean difference",
+        lambda: fit_sequential(
+            network,
+            tokenizer,
+            fit.sample(min(size.other_pairs, size.fit_pairs), seed),
+            sites,
+            mean_difference,
+            **fitting,
+        ),
+    )
+    said = step("continue a prompt", lambda: _continuations(network, tokenizer, plan))
+    patch = step("bake", lambda: bake(network, plan))
+    out.mkdir(parents=True, exist_ok=True)
+    plan.save(out / "plan.safetensors", force=force)
+    patch.save(out / "patch.safetensors", force=force)
+    folder = step(
+        "export",
+        lambda: export.checkpoint(
+            loaded.source, patch, out / "model", tokenizer=tokenizer, force=force, progress=progress
+        ),
+    )
+    report = step(
+        "verify",
+        lambda: verify(
+            network,
+            tokenizer,
+            plan,
+            fit=fit,
+            heldout=heldout,
+            others={"mean difference": other},
+            exported=folder,
+            probe_prompts=size.probe_prompts,
+            seed=seed,
+            progress=progress,
+        ),
+    )
+    report.save(out, force=force)
+    return Outcome(report, plan, patch, out, seconds, _peak_bytes(), said)
+
+
+def prompts(concept: str, size: Size, seed: int = 0) -> tuple[Contrast, Contrast]:
+    """Return fitting and held-out prompts that share neither content nor wording."""
+    # A split holds out content and wording and drops what mixes the two, so make more than is used.
+    fit, heldout = Contrast.builtin(concept, pairs=4 * size.fit_pairs, seed=seed).split(0.25, seed=seed)
+    return fit.sample(min(size.fit_pairs, len(fit) // 2), seed), heldout
+
+
+def _continuations(model: nn.Module, tokenizer: Any, plan: ErasurePlan) -> dict[str, str]:
+    inputs = tokenizer(_PROMPT, return_tensors="pt")
+    generator: Any = model
+
+    def go() -> str:
+        tokens = generator.generate(
+            **inputs, max_new_tokens=16, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
+        return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+    before = go()
+    with apply(model, plan):
+        return {"before": before, "after": go()}
+
+
+def _peak_bytes() -> int:
+    # ru_maxrss is in kilobytes on Linux and in bytes on macOS
+    import sys
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

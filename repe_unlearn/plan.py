@@ -1,0 +1,240 @@
+"""ErasurePlan: which eraser acts at which site of which model."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from .eraser import Eraser
+from .errors import (
+    FileFormatError,
+    InputError,
+    ModelMismatchError,
+    NoConceptWarning,
+    NumericalWarning,
+)
+from .fingerprint import fingerprint
+from .moments import Moments
+from .sites import Site
+from .solvers.leace import leace
+from .tensorfile import read_tensors, write_tensors
+
+Solver = Callable[[Moments], Eraser]
+
+_KIND = "erasure plan"
+_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ErasurePlan:
+    """An immutable map from sites to erasers, with the fingerprint of the model it was fit on.
+
+    Args:
+        erasers: at least one site.
+        fingerprint: of the model (``fingerprint(model)``); a model with another one is refused.
+        provenance: free text facts (solver, concept, number of prompts, versions) that travel with the file.
+
+    Raises:
+        InputError: no eraser.
+
+    Example:
+        >>> import torch
+        >>> e = Eraser(torch.eye(4)[:, :1], torch.eye(4)[:1], torch.zeros(4))
+        >>> plan = ErasurePlan({Site("model.layers.0.mlp"): e}, fingerprint="0" * 16)
+        >>> len(plan), plan[Site("model.layers.0.mlp")].rank
+        (1, 1)
+    """
+
+    erasers: Mapping[Site, Eraser]
+    fingerprint: str
+    provenance: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.erasers:
+            raise InputError("got a plan without erasers; needed at least one site.")
+        object.__setattr__(self, "erasers", MappingProxyType(dict(self.erasers)))
+        object.__setattr__(
+            self, "provenance", MappingProxyType({k: str(v) for k, v in self.provenance.items()})
+        )
+
+    def __len__(self) -> int:
+        return len(self.erasers)
+
+    def __getitem__(self, site: Site) -> Eraser:
+        return self.erasers[site]
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites in the order they were fit."""
+        return tuple(self.erasers)
+
+    @property
+    def rank(self) -> int:
+        """Largest rank of its erasers."""
+        return max(e.rank for e in self.erasers.values())
+
+    def require(self, model: nn.Module) -> None:
+        """Refuse a model that this plan was not fit on.
+
+        Raises:
+            ModelMismatchError: other fingerprint.
+            UnknownSiteError: a site names no module.
+        """
+        for site in self.erasers:
+            site.module(model)
+        found = fingerprint(model)
+        if found != self.fingerprint:
+            raise ModelMismatchError(
+                f"the plan was fit on a model with fingerprint {self.fingerprint}; this one has {found}. "
+                "Load the same checkpoint (unedited: a baked model needs no plan), or fit a new plan."
+            )
+
+    def replace(self, erasers: Mapping[Site, Eraser]) -> ErasurePlan:
+        """Return a plan for the same model with other erasers."""
+        return ErasurePlan(erasers, self.fingerprint, self.provenance)
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Write one safetensors file, atomically.
+
+        Raises:
+            OutputExistsError: the file exists and ``force`` is False.
+        """
+        tensors = {
+            f"{i}.{name}": getattr(eraser, name)
+            for i, eraser in enumerate(self.erasers.values())
+            for name in ("left", "right", "shift")
+        }
+        header = {
+            "sites": [str(site) for site in self.erasers],
+            "fingerprint": self.fingerprint,
+            "provenance": dict(self.provenance),
+        }
+        return write_tensors(path, tensors, kind=_KIND, version=_VERSION, header=header, force=force)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ErasurePlan:
+        """Read what ``save`` wrote.
+
+        Raises:
+            FileFormatError: truncated, foreign or newer file.
+        """
+        tensors, header = read_tensors(path, kind=_KIND, version=_VERSION)
+        try:
+            erasers = {
+                Site.parse(site): Eraser(*(tensors[f"{i}.{name}"] for name in ("left", "right", "shift")))
+                for i, site in enumerate(header["sites"])
+            }
+            return cls(erasers, header["fingerprint"], header["provenance"])
+        except (KeyError, TypeError, AttributeError, InputError) as error:
+            raise FileFormatError(f"{path} is not a whole plan ({error}); save it again.") from error
+
+    def __repr__(self) -> str:
+        concept = self.provenance.get("concept", "?")
+        facts = f"{len(self)} sites, rank<={self.rank}, concept={concept!r}, model={self.fingerprint}"
+        return f"ErasurePlan({facts})"
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        rows = "".join(
+            f"<tr><td>{escape(str(s))}</td><td>{e.rank}</td><td>{e.dim}</td></tr>"
+            for s, e in list(self.erasers.items())[:8]
+        )
+        more = f"<tr><td colspan=3>… and {len(self) - 8} more</td></tr>" if len(self) > 8 else ""
+        head = "<tr><th>site</th><th>rank</th><th>d</th></tr>"
+        return f"<b>{escape(repr(self))}</b><table>{head}{rows}{more}</table>"
+
+
+def solve(
+    moments: Mapping[Site, Moments],
+    solver: Solver = leace,
+    *,
+    model: nn.Module | None = None,
+    fingerprint: str | None = None,
+    provenance: Mapping[str, str] | None = None,
+    progress: bool = False,
+) -> ErasurePlan:
+    """Return a plan with one eraser per site, each from its own moments.
+
+    Every eraser is exact for the activations of the *untouched* model. If several layers are erased together,
+    later ones see changed inputs: use ``fit_sequential`` for that.
+
+    Args:
+        moments: what ``capture`` returned.
+        solver: a function from Moments to Eraser; set options with ``functools.partial(leace,
+            affine=False)``.
+        model: the captured model, or give its ``fingerprint``.
+        fingerprint: of the captured model.
+        provenance: facts to store with the plan.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: neither model nor fingerprint is given.
+        whatever the solver raises.
+    """
+    print_ = fingerprint or (None if model is None else _fingerprint(model))
+    if print_ is None:
+        raise InputError(
+            "solve needs the model or its fingerprint, so that the plan can refuse another model."
+        )
+    bar = tqdm(moments.items(), desc="solve", unit="site", disable=not progress, leave=False)
+    with gathered_warnings():
+        erasers = {site: named_solve(site, m, solver) for site, m in bar}
+    worst = max((residual(erasers[site], m) for site, m in moments.items()), default=0.0)
+    facts = {"solver": solver_name(solver), "residual": f"{worst:.1e}", **(provenance or {})}
+    return ErasurePlan(erasers, print_, facts)
+
+
+def residual(eraser: Eraser, m: Moments) -> float:
+    """Return ``|P Σxz| / |Σxz|``, the share of the cross-covariance that is left (0 if there was none)."""
+    before = m.m_xz
+    after = before - eraser.left.to(before) @ (eraser.right.to(before) @ before)
+    return float(after.norm() / before.norm()) if eraser.rank and bool(before.any()) else 0.0
+
+
+_fingerprint = fingerprint  # the keyword argument of ``solve`` hides the function's name
+
+
+def named_solve(site: Site, m: Moments, solver: Solver) -> Eraser:
+    """Solve one site; errors say which."""
+    try:
+        return solver(m)
+    except (InputError, ValueError) as error:
+        error.add_note(f"at site {site}")
+        raise
+
+
+def solver_name(solver: Solver) -> str:
+    """Return a readable name with options: ``leace(affine=False)``."""
+    inner = getattr(solver, "func", None)
+    if inner is not None:
+        options = ", ".join(f"{k}={v!r}" for k, v in getattr(solver, "keywords", {}).items())
+        return f"{solver_name(inner)}({options})"
+    return getattr(solver, "__name__", repr(solver))
+
+
+class gathered_warnings:  # a context manager that reads like a verb
+    """Say once, with a count, what many sites would each warn about."""
+
+    def __enter__(self) -> None:
+        self._catch = warnings.catch_warnings(record=True)
+        self._caught = self._catch.__enter__()
+        warnings.simplefilter("always")
+
+    def __exit__(self, *exc: object) -> None:
+        self._catch.__exit__(None, None, None)
+        counts: dict[type[Warning], list[str]] = {}
+        for w in self._caught:
+            if issubclass(w.category, NumericalWarning | NoConceptWarning):
+                counts.setdefault(w.category, []).append(str(w.message))
+            else:
+                warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+        for category, texts in counts.items():
+            more = f" (and {len(texts) - 1} more sites alike)" if len(texts) > 1 else ""
+            warnings.warn(texts[0] + more, category, stacklevel=3)

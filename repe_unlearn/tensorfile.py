@@ -1,0 +1,87 @@
+"""Our own files: one safetensors file whose metadata says what it is; written atomically, never pickled."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from .errors import FileFormatError, OutputExistsError
+
+_KEY = "repe_unlearn"
+
+
+def write_tensors(
+    path: str | Path,
+    tensors: Mapping[str, Tensor],
+    *,
+    kind: str,
+    version: int,
+    header: Mapping[str, object],
+    force: bool,
+) -> Path:
+    """Write tensors and a JSON header to ``path`` through a temporary sibling: all of it or nothing.
+
+    Raises:
+        OutputExistsError: the file exists and ``force`` is False.
+    """
+    path = Path(path)
+    if path.exists() and not force:
+        raise OutputExistsError(f"{path} exists; choose another path or pass force=True.")
+    text = json.dumps({"kind": kind, "version": version, **header}, allow_nan=False)
+    ready = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    try:
+        with open(partial, "xb") as file:
+            mode = os.fstat(file.fileno()).st_mode & 0o777
+        safetensors.torch.save_file(ready, partial, metadata={_KEY: text})
+        os.chmod(partial, mode)  # safetensors makes files that only their owner may read
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def read_tensors(path: str | Path, *, kind: str, version: int) -> tuple[dict[str, Tensor], dict]:
+    """Return the tensors and the header of a file that ``write_tensors`` made.
+
+    Raises:
+        FileFormatError: missing, truncated, foreign, of another kind or of a newer version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileFormatError(f"{path} is not a file; needed a {kind} file written by repe_unlearn.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise FileFormatError(
+            f"{path} is not a whole safetensors file ({error}); write or copy it again."
+        ) from error
+    if _KEY not in metadata:
+        raise FileFormatError(
+            f"{path} is a safetensors file of something else; needed a {kind} file written by repe_unlearn."
+        )
+    try:
+        header = json.loads(metadata[_KEY])
+    except json.JSONDecodeError as error:
+        raise FileFormatError(f"{path} has a damaged header ({error}); write it again.") from error
+    if not isinstance(header, dict):
+        raise FileFormatError(f"{path} has a damaged header ({metadata[_KEY][:40]!r}); write it again.")
+    if header.get("kind") != kind:
+        raise FileFormatError(f"{path} holds {header.get('kind')!r}; needed {kind!r}.")
+    if not isinstance(header.get("version"), int) or header["version"] > version:
+        raise FileFormatError(
+            f"{path} has format version {header.get('version')!r}; this release reads up to {version}. "
+            "Upgrade repe_unlearn."
+        )
+    return tensors, header

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .errors import InputError, NumericalWarning, RepeUnlearnError
+from .errors import InputError, NumericalWarning, OutputExistsError, RepeUnlearnError
 
 if TYPE_CHECKING:
     from .contrast import Contrast
@@ -28,7 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-console = Console()
+# A pipe has no width of its own; 80 columns would fold every name.
+console = Console(width=None if sys.stdout.isatty() else 120)
 complaints = Console(stderr=True)
 
 _SOLVERS = ("leace", "mean_difference", "random")
@@ -133,7 +134,8 @@ def demo(
     total = sum(outcome.seconds.values())
     console.print(f"\n[bold]{_escape(outcome.report.verdict)}[/]")
     console.print(f"{total:.0f} s, peak memory {outcome.peak_bytes / 2**30:.1f} GiB")
-    console.print(f"report: {outcome.folder / 'report.html'}\npatched model: {outcome.folder / 'model'}")
+    _written("report", outcome.folder / "report.html")
+    _written("patched model", outcome.folder / "model")
     _exit(outcome.report.passed)
 
 
@@ -209,8 +211,7 @@ def fit(
     The prompts are split first; the held-out part is for 'verify', which finds the same split from the plan.
     """
     with _errors():
-        if out.exists() and not force:
-            raise InputError(f"{out} exists; choose another path or pass --force.")
+        _refuse_taken(out, force)
         from . import solvers
         from .activations import capture
         from .architectures import Architecture
@@ -226,7 +227,7 @@ def fit(
         fitting, _ = _split(recipe)
         loaded = load(model, progress=not quiet)
         arch = Architecture.of(loaded.model)
-        where = arch.sites(*sites.split(","), layers=_layers(layers))  # type: ignore[arg-type]  # sites() checks the kinds
+        where = arch.sites(*sites.replace(" ", "").split(","), layers=_layers(layers))  # type: ignore[arg-type]  # sites() checks the kinds
         options = {"select": select, "progress": not quiet}
         if independent:
             moments = capture(loaded.model, loaded.tokenizer, fitting, where, **options)
@@ -243,7 +244,8 @@ def fit(
                 loaded.model, loaded.tokenizer, fitting, where, chosen, provenance=recipe, **options
             )
         plan.save(out, force=force)
-    console.print(f"{_escape(repr(plan))}\nwritten: {out}")
+    console.print(_escape(repr(plan)))
+    _written("written", out)
 
 
 @app.command()
@@ -259,8 +261,7 @@ def bake(
 ) -> None:
     """Turn a plan into weight edits and write them as a patch; the model is not changed."""
     with _errors():
-        if out.exists() and not force:
-            raise InputError(f"{out} exists; choose another path or pass --force.")
+        _refuse_taken(out, force)
         from . import folding
         from .models import load
         from .plan import ErasurePlan
@@ -281,7 +282,8 @@ def bake(
                 "new" if row.relative != row.relative else f"{row.relative:.2%}",
             )
     console.print(table)
-    console.print(f"{_escape(repr(patch))}\ncoverage: {patch.provenance['coverage']}\nwritten: {out}")
+    console.print(f"{_escape(repr(patch))}\ncoverage: {patch.provenance['coverage']}")
+    _written("written", out)
 
 
 @app.command()
@@ -294,6 +296,7 @@ def export(
 ) -> None:
     """Write a patched copy of the checkpoint, tensor by tensor, with tokenizer and manifest."""
     with _errors():
+        _refuse_taken(out, force)
         from . import export as exporting
         from .models import load
         from .patch import Patch
@@ -303,7 +306,7 @@ def export(
         folder = exporting.checkpoint(
             loaded.source, edits, out, tokenizer=loaded.tokenizer, force=force, progress=not quiet
         )
-    console.print(f"written: {folder}")
+    _written("written", folder)
 
 
 @app.command()
@@ -320,7 +323,7 @@ def verify(
         Path | None, typer.Option(help="Exported folder to check against the baked weights.")
     ] = None,
     prompts: Annotated[
-        int, typer.Option(help="Most fitting and most held-out prompts for the probes.", min=40)
+        int, typer.Option(help="Most fitting and most held-out prompts for the probes.", min=48)
     ] = 560,
     seed: SeedOption = 0,
     force: ForceOption = False,
@@ -331,6 +334,10 @@ def verify(
     Exit code 3 if a check fails.
     """
     with _errors():
+        from .audit.report import FILES
+        from .audit.writing import refuse_taken
+
+        refuse_taken(out, FILES, force=force)
         from .audit import verify as run
         from .models import load
         from .plan import ErasurePlan
@@ -352,8 +359,20 @@ def verify(
         )
         page = report.save(out, force=force)
     console.print(report.table())
-    console.print(f"\n[bold]{_escape(report.verdict)}[/]\nreport: {page}")
+    console.print(f"\n[bold]{_escape(report.verdict)}[/]")
+    _written("report", page)
     _exit(report.passed)
+
+
+def _refuse_taken(out: Path, force: bool) -> None:
+    """Refuse an output that exists, before any work is done for it."""
+    if out.exists() and not force:
+        raise OutputExistsError(f"{out} exists; choose another path or pass --force.")
+
+
+def _written(what: str, path: Path) -> None:
+    # On one line however long it is, so that it can be copied or cut out by a script.
+    console.print(f"{what}: {_escape(str(path))}", soft_wrap=True, highlight=False)
 
 
 def _exit(passed: bool) -> None:
@@ -363,6 +382,7 @@ def _exit(passed: bool) -> None:
 
 def _split(recipe: dict[str, str]) -> tuple[Contrast, Contrast]:
     """Return the fitting and the held-out prompts that a recipe (in a plan's provenance) names."""
+    from .audit.verify import units
     from .builtin import BUILTINS
     from .contrast import Contrast
 
@@ -371,19 +391,22 @@ def _split(recipe: dict[str, str]) -> tuple[Contrast, Contrast]:
         raise InputError(
             f"the plan does not record its {', '.join(missing)}; it was not made by 'fit'. Verify it from Python instead."
         )
-    source, pairs, test, seed = (
-        recipe["contrast"],
-        int(recipe["pairs"]),
-        float(recipe["test"]),
-        int(recipe["seed"]),
-    )
+    source = recipe["contrast"]
+    try:
+        pairs, test, seed = int(recipe["pairs"]), float(recipe["test"]), int(recipe["seed"])
+    except ValueError as error:
+        raise InputError(
+            f"the plan records no usable numbers of its split ({error}); fit it again."
+        ) from None
     if source in BUILTINS:
         # A split drops what mixes held-out content with fitting wording, so make more than is used.
         everything = Contrast.builtin(source, pairs=4 * pairs, seed=seed)
     else:
         everything = _read(Path(source))
     fitting, heldout = everything.split(test, seed=seed)
-    return fitting.sample(min(pairs, len(set(fitting.pairs))), seed), heldout
+    if pairs >= len(set(fitting.pairs)):
+        return fitting, heldout
+    return fitting.sample(min(pairs, units(fitting)[0]), seed), heldout
 
 
 def _read(path: Path) -> Contrast:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import export
@@ -16,6 +17,7 @@ from .architectures import Architecture
 from .audit import Report, verify
 from .contrast import Contrast
 from .errors import OutputExistsError
+from .export.folder import new_folder
 from .folding import bake
 from .hooks import apply
 from .models import DEFAULT, load
@@ -86,12 +88,41 @@ def demo(
         progress: show progress bars.
         say: gets one line per step.
 
+    Returns:
+        What was made. ``out`` appears whole at the end, or (after an error or Ctrl-C) not at all.
+
     Raises:
-        OutputExistsError: ``out`` exists and ``force`` is False.
+        OutputExistsError: ``out`` exists and ``force`` is False, or it is no earlier result of a demo.
     """
     out = Path(out)
-    if out.exists() and not force:
+    _refuse_taken(out, force)
+    with new_folder(out, force) as folder:
+        outcome = _run(folder, concept, model, size, seed, progress, say)
+    return replace(outcome, folder=out)
+
+
+def _refuse_taken(out: Path, force: bool) -> None:
+    """Refuse a place that must not be written; only an earlier result or an empty folder is ever replaced."""
+    if not (out.exists() or out.is_symlink()):
+        return
+    if not force:
         raise OutputExistsError(f"{out} exists; choose another folder or pass force=True (--force).")
+    folder = out.is_dir() and not out.is_symlink()
+    if not folder or (any(out.iterdir()) and not (out / "plan.safetensors").is_file()):
+        raise OutputExistsError(
+            f"{out} is not replaced even with force: it is no result of a demo (no plan.safetensors)."
+        )
+
+
+def _run(
+    out: Path,
+    concept: str,
+    model: str,
+    size: Size,
+    seed: int,
+    progress: bool,
+    say: Callable[[str], None],
+) -> Outcome:
     seconds: dict[str, float] = {}
 
     def step(name: str, work: Callable[[], Any]) -> Any:
@@ -122,13 +153,12 @@ def demo(
     )
     said = step("continue a prompt", lambda: _continuations(network, tokenizer, plan))
     patch = step("bake", lambda: bake(network, plan))
-    out.mkdir(parents=True, exist_ok=True)
-    plan.save(out / "plan.safetensors", force=force)
-    patch.save(out / "patch.safetensors", force=force)
+    plan.save(out / "plan.safetensors")
+    patch.save(out / "patch.safetensors")
     folder = step(
         "export",
         lambda: export.checkpoint(
-            loaded.source, patch, out / "model", tokenizer=tokenizer, force=force, progress=progress
+            loaded.source, patch, out / "model", tokenizer=tokenizer, progress=progress
         ),
     )
     report = step(
@@ -146,7 +176,7 @@ def demo(
             progress=progress,
         ),
     )
-    report.save(out, force=force)
+    report.save(out)
     return Outcome(report, plan, patch, out, seconds, _peak_bytes(), said)
 
 
@@ -158,7 +188,9 @@ def prompts(concept: str, size: Size, seed: int = 0) -> tuple[Contrast, Contrast
 
 
 def _continuations(model: nn.Module, tokenizer: Any, plan: ErasurePlan) -> dict[str, str]:
-    inputs = tokenizer(_PROMPT, return_tensors="pt")
+    # Only what every model takes: some tokenizers also give token_type_ids, which generate() refuses.
+    inputs = {"input_ids": (ids := tokenizer(_PROMPT, return_tensors="pt")["input_ids"])}
+    inputs["attention_mask"] = torch.ones_like(ids)
     generator: Any = model
 
     def go() -> str:

@@ -55,7 +55,9 @@ class Site:
         return cls(path, side)  # type: ignore[arg-type]  # __post_init__ checks the value
 
     def __str__(self) -> str:
-        return self.path if self.side == "output" else f"{self.path}:{self.side}"
+        # A module name may hold a colon (a ModuleDict key); then the side is written out, so that it parses back.
+        plain = self.side == "output" and ":" not in self.path
+        return self.path if plain else f"{self.path}:{self.side}"
 
     def __repr__(self) -> str:
         return f"Site({str(self)!r})"

@@ -26,16 +26,16 @@ def two_pass(x: Tensor, z: Tensor, weight: Tensor | None = None) -> Statistics:
     xs, zs = x.double().numpy(), z.double().numpy()
     w = np.ones(len(xs)) if weight is None else weight.double().numpy()
     n = float(w.sum())
-    mean_x = sum(wi * xi for wi, xi in zip(w, xs, strict=True)) / n
-    mean_z = sum(wi * zi for wi, zi in zip(w, zs, strict=True)) / n
+    mean_x = np.sum([wi * xi for wi, xi in zip(w, xs, strict=True)], axis=0) / n
+    mean_z = np.sum([wi * zi for wi, zi in zip(w, zs, strict=True)], axis=0) / n
     pairs = [(wi, xi - mean_x, zi - mean_z) for wi, xi, zi in zip(w, xs, zs, strict=True)]
     return Statistics(
         n,
         mean_x,
         mean_z,
-        sum(wi * np.outer(a, a) for wi, a, _ in pairs),
-        sum(wi * np.outer(a, b) for wi, a, b in pairs),
-        sum(wi * np.outer(b, b) for wi, _, b in pairs),
+        np.sum([wi * np.outer(a, a) for wi, a, _ in pairs], axis=0),
+        np.sum([wi * np.outer(a, b) for wi, a, b in pairs], axis=0),
+        np.sum([wi * np.outer(b, b) for wi, _, b in pairs], axis=0),
     )
 
 

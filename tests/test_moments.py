@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import FrozenInstanceError
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -205,7 +206,7 @@ def test_masked_rows_do_not_count_whatever_they_hold() -> None:
     ],
 )
 def test_refuses_bad_input(change: dict, error: type[Exception], match: str) -> None:
-    good = {"x": torch.randn(6, 3), "z": torch.tensor([0, 1, 0, 1, 0, 1])}
+    good: dict[str, Any] = {"x": torch.randn(6, 3), "z": torch.tensor([0, 1, 0, 1, 0, 1])}
     assert Moments.of(**good).n == 6
     with pytest.raises(error, match=match):
         Moments.of(**{**good, **change})

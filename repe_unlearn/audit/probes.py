@@ -25,11 +25,13 @@ class Labels:
         z: ``[m]`` class ids.
         cluster: ``[m]`` number of the pair (the unit of statistics).
         fold: ``[m]`` 0 or 1; content never crosses folds.
+        unit: ``[m]`` number of what was labelled as a whole: the prompt, or the row itself for labels per token.
     """
 
     z: np.ndarray
     cluster: np.ndarray
     fold: np.ndarray
+    unit: np.ndarray
 
     @classmethod
     def of(cls, rows: Rows, contrast: Contrast, seed: int = 0) -> Labels:
@@ -57,7 +59,8 @@ class Labels:
                     "a fold of the held-out prompts has one class only; use more held-out content groups."
                 )
         _, cluster = np.unique(pairs[owner], return_inverse=True)
-        return cls(z, cluster, fold)
+        unit = np.arange(len(z)) if contrast.kind == "tokens" else np.unique(owner, return_inverse=True)[1]
+        return cls(z, cluster, fold, unit)
 
     @property
     def chance(self) -> float:
@@ -101,9 +104,9 @@ def refit(
     """Return cross-fitted predictions of a linear probe that is trained and tested on held-out rows only.
 
     Each half of the content is predicted by a probe trained on the other half. With ``shuffle`` (a seed) the training
-    labels are permuted within pairs: the control that must come out at chance.
+    labels are permuted within pairs, unrelated to the true ones: the control that must come out at chance.
     """
-    z = labels.z if shuffle is None else permuted(labels, np.random.default_rng(shuffle))
+    z = labels.z if shuffle is None else unrelated(labels, np.random.default_rng(shuffle))
     predictions = {}
     for site, rows in heldout.items():
         out = np.empty(len(z), dtype=int)
@@ -181,21 +184,48 @@ def accuracy(prediction: np.ndarray, labels: Labels, seed: int = 0) -> Accuracy:
 
 
 def permuted(labels: Labels, rng: np.random.Generator) -> np.ndarray:
-    """Return the labels permuted within pairs where pairs hold several classes, else over all rows."""
-    z = labels.z
-    if not _paired(labels):
-        return rng.permutation(z)
-    order = np.lexsort((rng.random(len(z)), labels.cluster))
-    stable = np.argsort(labels.cluster, kind="stable")
+    """Return the labels permuted within pairs, and over all prompts whose pair shows one class only.
+
+    Rows of one prompt keep a common label: they are not independent, and a band that took them so would be too narrow.
+    """
+    _, first = np.unique(labels.unit, return_index=True)
+    z, cluster = labels.z[first], labels.cluster[first]
+    stratum = np.where(_mixed(z, cluster), cluster, -1)
     result = np.empty_like(z)
-    result[stable] = z[order]
+    result[np.argsort(stratum, kind="stable")] = z[np.lexsort((rng.random(len(z)), stratum))]
+    return result[labels.unit]
+
+
+def _mixed(z: np.ndarray, cluster: np.ndarray) -> np.ndarray:
+    """True where the pair of a prompt shows several classes."""
+    low, high = np.full(cluster.max() + 1, z.max()), np.full(cluster.max() + 1, z.min())
+    np.minimum.at(low, cluster, z)
+    np.maximum.at(high, cluster, z)
+    return (low < high)[cluster]
+
+
+def unrelated(labels: Labels, rng: np.random.Generator, draws: int = 100) -> np.ndarray:
+    """Return, fold by fold, the one of many permutations (see ``permuted``) that tells least about the true labels.
+
+    A single permutation agrees with the truth by luck: of 50 pairs it swaps 25 give or take 4. Where the concept is
+    plain to see a probe learns that excess (or its opposite) and lands anywhere between 0.2 and 0.8.
+    """
+    best, result = [np.inf, np.inf], labels.z.copy()
+    for _ in range(draws):
+        z = permuted(labels, rng)
+        for side in (0, 1):
+            here = labels.fold == side
+            excess = _dependence(labels.z[here], z[here])
+            if excess < best[side]:
+                best[side], result[here] = excess, z[here]
     return result
 
 
-def _paired(labels: Labels) -> bool:
-    first = np.full(labels.cluster.max() + 1, -1)
-    first[labels.cluster[::-1]] = labels.z[::-1]
-    return bool((labels.z != first[labels.cluster]).any())
+def _dependence(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the largest deviation of the joint counts of two labelings from independence."""
+    classes = int(max(a.max(), b.max())) + 1
+    joint = np.bincount(a * classes + b, minlength=classes * classes).reshape(classes, classes)
+    return float(np.abs(joint - np.outer(joint.sum(1), joint.sum(0)) / len(a)).max())
 
 
 def chance_band(predictions: Sequence[np.ndarray], labels: Labels, seed: int = 0) -> tuple[float, float]:
@@ -234,13 +264,9 @@ def gap_interval(rows: Rows, labels: Labels, seed: int = 0, resamples: int = 200
     ]
     classes = int(labels.z.max()) + 1
     onehot = np.eye(classes)[labels.z]
-    sums = np.stack(
-        [np.bincount(labels.cluster, weights=onehot[:, c]) for c in range(classes)]
-    )  # rows per class and pair
-    pairs = sums.shape[1]
+    pairs = int(labels.cluster.max()) + 1
     picks = rng.multinomial(pairs, np.full(pairs, 1 / pairs), size=resamples)
     weights = torch.from_numpy(picks[:, labels.cluster]).double()
-    high = []
     means = []
     for c in range(classes):
         member = torch.from_numpy(onehot[:, c])

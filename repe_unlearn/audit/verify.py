@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,12 @@ from repe_unlearn.activations import BATCH_TOKENS, Rows, gather
 from repe_unlearn.architectures import Architecture
 from repe_unlearn.contrast import Contrast
 from repe_unlearn.eraser import Eraser
-from repe_unlearn.errors import InputError, NotBakeableError, UnsupportedArchitectureError
+from repe_unlearn.errors import (
+    InputError,
+    NotBakeableError,
+    UnsupportedArchitectureError,
+    UnsupportedModelError,
+)
 from repe_unlearn.hooks import apply
 from repe_unlearn.plan import ErasurePlan
 from repe_unlearn.sites import Site
@@ -99,7 +105,7 @@ def verify(
     Raises:
         ModelMismatchError: plan of another model.
         InputError: real-valued labels, or held-out prompts that share text with the fitting ones.
-        NotEnoughDataError: too few held-out groups.
+        NotEnoughDataError: too few held-out groups, or fewer than 12 fitting pairs among ``probe_prompts``.
         MissingDependencyError: scikit-learn is missing.
     """
     started = time.perf_counter()
@@ -164,10 +170,24 @@ def random_plan(plan: ErasurePlan, seed: int = 0) -> ErasurePlan:
     return plan.replace(erasers)
 
 
+def units(contrast: Contrast) -> tuple[int, float]:
+    """Return how many pairs ``contrast.sample`` can take, and how many prompts one of them has.
+
+    Without pairs the unit is one prompt of each class, so the smallest class counts (a prompt for reals and tokens).
+    """
+    named = [example.pair for example in contrast.examples if example.pair]
+    if named:
+        return len(set(named)), len(named) / len(set(named))
+    if contrast.kind == "classes":
+        return min(Counter(contrast.labels).values()), float(len(contrast.classes))
+    return len(contrast), 1.0
+
+
 def _at_most(contrast: Contrast, prompts: int, seed: int) -> Contrast:
-    pairs = len(set(contrast.pairs))
-    wanted = max(1, prompts * pairs // len(contrast))
-    return contrast if wanted >= pairs else contrast.sample(wanted, seed)
+    if len(contrast) <= prompts:
+        return contrast
+    most, size = units(contrast)
+    return contrast.sample(max(1, min(most, int(prompts / size))), seed)
 
 
 def _gather(
@@ -436,8 +456,12 @@ def _equivalence(
     prompts = [prompts[0][:12], *prompts]
     try:
         base, hooked, baked = hooked_and_baked(model, plan, prompts)
-    except NotBakeableError as error:
-        return [Check.information("bake.possible", 0.0, note=str(error))]
+    except (NotBakeableError, UnsupportedArchitectureError, UnsupportedModelError) as error:
+        rows = [Check.information("bake.possible", 0.0, note=str(error))]
+        if exported is not None:  # asked for and not measured: that must not look like a pass
+            note = "not measured: there are no baked weights to hold the export against"
+            rows.append(Check.at_least("export.equals_bake.bits", float("nan"), 1.0, note=note))
+        return rows
     effect = hooked.far_from(base)
     checks = [
         Check.at_most(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -82,7 +83,7 @@ def encode(
             token-level labels would be averaged.
         NotEnoughDataError: no token of a prompt is left after the selection.
     """
-    spans_needed = contrast.kind == "tokens" or select.kind in ("word", "words", "after_prompt")
+    spans_needed = contrast.kind == "tokens" or select.kind in ("word", "span", "words", "after_prompt")
     if spans_needed and not getattr(tokenizer, "is_fast", False):
         raise InputError(
             f"{type(tokenizer).__name__} gives no character offsets, which Select({select.kind!r}) and "
@@ -130,21 +131,34 @@ def _positions(allowed: list[int], offsets: Any, example: Example, select: Selec
         case "after_prompt":
             return [p for p in allowed if offsets[p][0] >= example.prompt_end]
         case "word":
-            if example.focus is None:
-                raise InputError(
-                    f"Select('word') needs a focus word; the example {example.text[:60]!r} has none."
-                )
-            return _last_inside(allowed, offsets, example.focus)
+            return _inside(allowed, offsets, _span(example, select))[-1:]
+        case "span":
+            return _inside(allowed, offsets, _span(example, select))
         case "words":
             if not example.words:
                 raise InputError(
                     f"Select('words') needs token-level labels; the example {example.text[:60]!r} has none."
                 )
-            return [p for span in example.words for p in _last_inside(allowed, offsets, span)]
+            return [p for span in example.words for p in _inside(allowed, offsets, span)[-1:]]
 
 
-def _last_inside(allowed: list[int], offsets: Any, span: tuple[int, int]) -> list[int]:
-    return [p for p in allowed if _overlaps(offsets[p], span)][-1:]
+def _span(example: Example, select: Select) -> tuple[int, int]:
+    """Return the characters that ``word`` and ``span`` select: those of the given text, else of the focus."""
+    if select.text:
+        found = re.search(rf"(?<!\w){re.escape(select.text)}(?!\w)", example.text)
+        if found is None:
+            raise InputError(f"{select} finds no word {select.text!r} in {example.text[:60]!r}.")
+        return found.span()
+    if example.focus is None:
+        raise InputError(
+            f"{select} needs a focus word; the example {example.text[:60]!r} has none. Name the word: "
+            f"Select({select.kind!r}, text=...)."
+        )
+    return example.focus
+
+
+def _inside(allowed: list[int], offsets: Any, span: tuple[int, int]) -> list[int]:
+    return [p for p in allowed if _overlaps(offsets[p], span)]
 
 
 def _overlaps(offset: tuple[int, int], span: tuple[int, int]) -> bool:

@@ -110,9 +110,7 @@ def test_empty_selections_name_the_prompt() -> None:
 
 def test_selections_that_the_contrast_cannot_answer() -> None:
     plain = Contrast.from_labels(["he ran", "she ran"], ["a", "b"])
-    with pytest.raises(
-        InputError, match=r"Select\('word'\) needs a focus word; the example 'he ran' has none"
-    ):
+    with pytest.raises(InputError, match=r"word,sinks=1 needs a focus word; .* 'he ran' has none"):
         positions("word", plain)
     with pytest.raises(InputError, match=r"Select\('words'\) needs token-level labels"):
         positions("words", plain)
@@ -210,3 +208,15 @@ def test_values_are_frozen() -> None:
     for value in (batch, Encoded([1], [0], [0], 0)):
         with pytest.raises(AttributeError):
             value.owner = SimpleNamespace()  # type: ignore[misc]
+
+
+def test_a_named_word_and_its_span() -> None:
+    contrast = Contrast.from_labels(["the sheep she saw", "a she saw"], [0, 1])
+    (word, _), (span, _) = (
+        encode(contrast, text_tokenizer(), Select(kind, text="she")) for kind in ("word", "span")
+    )
+    start = 1 + "the sheep she saw".rindex("she")  # after BOS; one token per character; "sheep" is no "she"
+    assert span.positions == [start, start + 1, start + 2]
+    assert word.positions == [start + 2]
+    with pytest.raises(InputError, match="finds no word 'he'"):
+        encode(contrast, text_tokenizer(), Select("word", text="he"))

@@ -29,7 +29,7 @@ def test_parse_takes_spaces_and_both_forms_of_a_switch() -> None:
 
 @pytest.mark.parametrize("text", ["", "first", "LAST", "word ; sinks=1"])
 def test_unknown_kinds(text: str) -> None:
-    with pytest.raises(InputError, match="needed one of last, mean, all, word, words, after_prompt"):
+    with pytest.raises(InputError, match="needed one of last, mean, all, word, span, words, after_prompt"):
         Select.parse(text)
 
 
@@ -37,7 +37,7 @@ def test_unknown_kinds(text: str) -> None:
     "text", ["last,sinks", "last,sinks=-1", "last,sinks=1.5", "last,specials=no", "last,", "last,x=1"]
 )
 def test_unknown_options(text: str) -> None:
-    with pytest.raises(InputError, match=r"got option .*needed 'sinks=N' or 'specials'"):
+    with pytest.raises(InputError, match=r"got option .*needed 'sinks=N', 'specials' or 'text=WORD'"):
         Select.parse(text)
 
 
@@ -51,3 +51,10 @@ def test_frozen_and_hashable() -> None:
     with pytest.raises(AttributeError):
         Select().sinks = 2  # type: ignore[misc]
     assert len({Select(), Select("last"), Select("mean")}) == 2
+
+
+def test_a_named_word() -> None:
+    assert Select.parse("span,text=doctor") == Select("span", text="doctor")
+    assert Select.parse(str(Select("word", text="she", sinks=0))) == Select("word", text="she", sinks=0)
+    with pytest.raises(InputError, match=r"Select\('last'\) takes no text"):
+        Select("last", text="she")

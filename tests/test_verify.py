@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,6 @@ from tiny import assert_same, hook_count, random_plan, snapshot
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-import repe_unlearn.audit.verify as module
 from repe_unlearn.architectures import Architecture
 from repe_unlearn.audit import Report, verify
 from repe_unlearn.audit import random_plan as control_of
@@ -25,6 +25,10 @@ from repe_unlearn.plan import ErasurePlan
 from repe_unlearn.sequential import fit_sequential
 from repe_unlearn.sites import Site
 from repe_unlearn.solvers import leace, random
+
+module = importlib.import_module(
+    "repe_unlearn.audit.verify"
+)  # the function of that name hides it from import
 
 PROBES = ("probe.transferred.linear", "probe.refit.linear", "probe.refit.mlp", "gap.heldout")
 FIT, HELDOUT = spoken().split(0.4)
@@ -102,7 +106,7 @@ def test_controls_cost_and_equivalence_are_in_the_report(report: Report) -> None
     assert logits.value <= 1e-4 < 0.1 < logits.control
     assert tokens.value == 1.0
     assert not named(report, "export.equals_bake.bits")  # nothing exported, nothing claimed
-    assert {series.title for series in report.series} >= {
+    assert {series.figure for series in report.series} >= {
         "Linear probe, trained and tested on unseen prompts",
         "Linear probe, trained on fitting prompts",
         "MLP probe, trained and tested on unseen prompts",
@@ -119,7 +123,7 @@ def test_the_report_saves_and_reads_back(report: Report, tmp_path: Path) -> None
     pytest.importorskip("matplotlib")
     page = report.save(tmp_path / "report")
     assert sorted(file.name for file in page.parent.iterdir()) == ["report.html", "report.json", "report.md"]
-    assert Report.load(page.parent).to_json() == report.to_json()
+    assert Report.from_json((page.parent / "report.json").read_text()).to_json() == report.to_json()
     assert json.loads((page.parent / "report.json").read_text())["passed"] is True
     assert "Linearly guarded" in page.read_text()
 

@@ -82,7 +82,7 @@ def capture(
     work = prepare(model, tokenizer, contrast, select, batch_tokens)
     sums = {site: Accumulator(classes=len(contrast.classes) or None) for site in sites}
     run(
-        model, work, sites, lambda site, batch, x: sums[site].add(batch.pick(x), batch.z), progress, "capture"
+        model, work, sites, lambda site, batch, rows: sums[site].add(rows, batch.z), progress, "capture"
     )
     return {site: sums[site].moments() for site in sites}
 
@@ -105,8 +105,7 @@ def gather(
     work = prepare(model, tokenizer, contrast, select, batch_tokens)
     found: dict[Site, list[Tensor]] = {site: [] for site in sites}
 
-    def keep(site: Site, batch: Batch, x: Tensor) -> None:
-        rows = batch.pick(x)
+    def keep(site: Site, _batch: Batch, rows: Tensor) -> None:
         found[site].append(rows.to("cpu", torch.promote_types(rows.dtype, torch.float32)))
 
     run(model, work, sites, keep, progress, "gather")
@@ -155,7 +154,7 @@ def run(
     progress: bool,
     label: str,
 ) -> None:
-    """Run every batch and hand each site's activations to ``visit``; the forward stops after the last."""
+    """Run every batch and hand each site's selected rows to ``visit``; the forward stops after the last."""
     forward = body(model)
     seen: set[Site] = set()
     current: list[Batch] = []
@@ -163,8 +162,9 @@ def run(
     def visitor(site: Site) -> Callable[[Tensor], None]:
         def see(x: Tensor) -> None:
             batch = current[0]
-            refuse_nonfinite(site, batch.pick(x))
-            visit(site, batch, x)
+            rows = batch.pick(x)
+            refuse_nonfinite(site, rows)
+            visit(site, batch, rows)
             seen.add(site)
             if len(seen) == len(sites):
                 raise StopForward

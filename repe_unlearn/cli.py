@@ -174,7 +174,7 @@ def info(model: Model = "smollm2-135m", quiet: QuietOption = False) -> None:
 @app.command()
 def fit(
     model: Model,
-    out: Annotated[Path, typer.Argument(help="Plan file to write (.safetensors).")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Plan file to write (.safetensors).")],
     contrast: ConceptOption = "gender",
     pairs: PairsOption = 900,
     sites: Annotated[
@@ -223,11 +223,12 @@ def fit(
             raise InputError(f"got solver {solver!r}; needed one of {', '.join(_SOLVERS)}.")
         method = getattr(solvers, solver)
         chosen = partial(method, affine=False) if linear else method
+        chosen_layers = _layers(layers)
         recipe = {"contrast": contrast, "pairs": str(pairs), "test": str(test), "seed": str(seed)}
         fitting, _ = _split(recipe)
         loaded = load(model, progress=not quiet)
         arch = Architecture.of(loaded.model)
-        where = arch.sites(*sites.replace(" ", "").split(","), layers=_layers(layers))  # type: ignore[arg-type]  # sites() checks the kinds
+        where = arch.sites(*sites.replace(" ", "").split(","), layers=chosen_layers)  # type: ignore[arg-type]  # sites() checks the kinds
         options = {"select": select, "progress": not quiet}
         if independent:
             moments = capture(loaded.model, loaded.tokenizer, fitting, where, **options)
@@ -251,8 +252,8 @@ def fit(
 @app.command()
 def bake(
     model: Model,
-    plan: Annotated[Path, typer.Argument(help="Plan file from 'fit'.")],
-    out: Annotated[Path, typer.Argument(help="Patch file to write (.safetensors).")],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file from 'fit'.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Patch file to write (.safetensors).")],
     allow: Annotated[
         str, typer.Option(help="Weakest exactness accepted: exact or erasure-exact (post-norm families).")
     ] = "exact",
@@ -289,8 +290,8 @@ def bake(
 @app.command()
 def export(
     model: Model,
-    patch: Annotated[Path, typer.Argument(help="Patch file from 'bake'.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; plain transformers loads it.")],
+    patch: Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file from 'bake'.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; plain transformers loads it.")],
     force: ForceOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -312,7 +313,7 @@ def export(
 @app.command()
 def verify(
     model: Model,
-    plan: Annotated[Path, typer.Argument(help="Plan file from 'fit'.")],
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file from 'fit'.")],
     out: Annotated[Path, typer.Option(help="Folder for report.html, report.md, report.json.")] = Path(
         "report"
     ),
@@ -438,7 +439,7 @@ def _layers(text: str) -> list[int] | None:
     chosen: list[int] = []
     for part in text.split(","):
         first, dash, last = part.partition("-")
-        if not first.isdecimal() or (dash and not last.isdecimal()):
+        if not first.isdecimal() or (dash and (not last.isdecimal() or int(last) < int(first))):
             raise InputError(f"got layers {text!r}; needed numbers and ranges such as '0-9,20'.")
         chosen += range(int(first), int(last if dash else first) + 1)
     return chosen

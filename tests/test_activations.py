@@ -13,7 +13,7 @@ from tiny import LAYERS, D, assert_same, hook_count, reading, snapshot
 from torch import Tensor, nn
 
 from repe_unlearn import activations
-from repe_unlearn.activations import capture, checked, gather, prepare, run
+from repe_unlearn.activations import capture, checked, gather, run
 from repe_unlearn.architectures import Architecture, supported
 from repe_unlearn.contrast import Contrast
 from repe_unlearn.encoding import Batch, batches, encode
@@ -126,7 +126,7 @@ def test_padding_on_either_side_changes_nothing(side: str) -> None:
     assert len(work) == 1
     assert not work[0].mask.all()
     found: dict[Site, Moments] = {}
-    run(model, work, sites, lambda s, b, x: found.update({s: Moments.of(b.pick(x), b.z)}), False, "")
+    run(model, work, sites, lambda s, b, rows: found.update({s: Moments.of(rows, b.z)}), False, "")
     expected, _ = by_hand(model, contrast, sites, "last")
     assert max(apart(found[site], expected[site]) for site in sites) <= 1e-10
 
@@ -212,8 +212,9 @@ def test_no_activation_is_kept(llama: nn.Module) -> None:
         assert not any(ref() is not None for ref in alive)
         kept: list[Tensor] = []  # control: the references see activations that are kept
         alive.clear()
-        work = prepare(llama, text_tokenizer(), pairs(), "all", 300)
-        run(llama, work, [site], lambda _s, _b, x: kept.append(x), False, "")
+        keeper = llama.get_submodule(site.path).register_forward_hook(lambda _m, _a, x: kept.append(x))
+        look(llama, text_tokenizer(), pairs(), [site], select="all", batch_tokens=300)
+        keeper.remove()
         assert most > 5
         assert all(ref() is not None for ref in alive)
     finally:

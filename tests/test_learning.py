@@ -35,8 +35,6 @@ def data() -> tuple[dict[Site, Rows], dict[Site, Rows], Contrast, Labels]:
 def test_more_pairs_leave_less(data: tuple) -> None:
     curve = learning_curve(*data)
     assert curve.x == (12, 24, 48, 96, 192, 384, 400)
-    assert curve.low is not None
-    assert curve.high is not None
     for low, middle, high in zip(curve.low, curve.y, curve.high, strict=True):
         assert 0 < low <= middle <= high
     assert curve.y[0] > 1.5 * curve.y[2] > 2 * curve.y[-1]

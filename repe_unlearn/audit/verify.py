@@ -104,7 +104,8 @@ def verify(
 
     Raises:
         ModelMismatchError: plan of another model.
-        InputError: real-valued labels, or held-out prompts that share text with the fitting ones.
+        InputError: real-valued labels, held-out prompts that share text with the fitting ones, or ``exported`` is no
+            folder.
         NotEnoughDataError: too few held-out groups, or fewer than 12 fitting pairs among ``probe_prompts``.
         MissingDependencyError: scikit-learn is missing.
     """
@@ -115,6 +116,10 @@ def verify(
     if leak:
         raise InputError(
             f"{len(leak)} held-out prompts are also fitting prompts, e.g. {min(leak)[:60]!r}; use Contrast.split."
+        )
+    if exported is not None and not Path(exported).is_dir():
+        raise InputError(
+            f"got exported={str(exported)!r}, which is no folder; needed what export.checkpoint wrote."
         )
     control = random_plan(plan, seed)
     fit_part, held_part = _at_most(fit, probe_prompts // 2, seed), _at_most(heldout, probe_prompts, seed)

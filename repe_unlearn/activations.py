@@ -81,9 +81,7 @@ def capture(
     sites = checked(sites)
     work = prepare(model, tokenizer, contrast, select, batch_tokens)
     sums = {site: Accumulator(classes=len(contrast.classes) or None) for site in sites}
-    run(
-        model, work, sites, lambda site, batch, rows: sums[site].add(rows, batch.z), progress, "capture"
-    )
+    run(model, work, sites, lambda site, batch, rows: sums[site].add(rows, batch.z), progress, "capture")
     return {site: sums[site].moments() for site in sites}
 
 

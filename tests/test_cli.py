@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import repe_unlearn as ru
-from repe_unlearn import models
+from repe_unlearn import demo, models
 from repe_unlearn.cli import app
 
 COMMANDS = ("demo", "info", "fit", "bake", "export", "verify")
@@ -290,6 +290,7 @@ def never_loads(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("the model was loaded before the mistake was seen")
 
     monkeypatch.setattr(models, "load", load)
+    monkeypatch.setattr(demo, "load", load)
 
 
 @pytest.mark.usefixtures("never_loads")

@@ -83,6 +83,16 @@ def test_each_network_is_trained_for_itself() -> None:
     assert np.array_equal(together[HERE], alone[HERE])
 
 
+def test_no_probe_is_tested_on_what_it_was_trained_on() -> None:
+    contrast, rows = planted(60, d=400, strength=0.0)
+    labels = Labels.of(rows, contrast)
+    assert (
+        right(probes.linear(rows.x, labels.z, rows.x), labels) >= 0.9
+    )  # control: noise can be learned by heart
+    assert right(probes.refit({HERE: rows}, labels)[HERE], labels) <= 0.62
+    assert right(probes.mlp({HERE: rows}, labels)[HERE], labels) <= 0.62
+
+
 @pytest.mark.parametrize("strength", [0.0, 2.0, 8.0])
 def test_shuffled_labels_come_out_at_chance_however_plain_the_concept_is(strength: float) -> None:
     contrast, rows = planted(100, strength=strength)

@@ -184,9 +184,10 @@ def _reading(group: Sequence[Series]) -> str:
         role: [label for label in labels if role_of(label) == role] for role in ("before", "after", "random")
     }
     parts = []
-    if any(one.low for one in group):
+    banded = next((one.band for one in group if one.low), None)
+    if banded:
         shape = "bars" if all(one.marker_only for one in group if one.low) else "bands"
-        parts.append(f"The {shape} are 95 % intervals.")
+        parts.append(f"The {shape} are {banded}.")
     controls = []
     if by_role["before"]:
         controls.append(f"“{by_role['before'][0]}” is the model without the edit")

@@ -88,6 +88,7 @@ def learning_curve(
         y_label="share of the held-out class gap left",
         log_x=True,
         log_y=True,
-        caption="One eraser per site, untouched activations, held-out content and wording; band: quartiles over sites. "
+        band="quartiles over sites",
+        caption="One eraser per site, untouched activations, held-out content and wording. "
         "If the curve has not flattened, more prompts will remove more.",
     )

@@ -30,6 +30,7 @@ class Series:
         point_labels: a short text for every point, or empty.
         caption: sentences for the reader, for example what a bad outcome would look like; the first non-empty
             caption of a figure is printed.
+        band: what ``low`` and ``high`` are.
 
     Raises:
         InputError: no points, lengths that differ, a position that is not finite or not positive on a
@@ -55,6 +56,7 @@ class Series:
     marker_only: bool = False
     point_labels: tuple[str, ...] = ()
     caption: str = ""
+    band: str = "95 % intervals"
 
     def __post_init__(self):
         what = f"series {self.label!r} of figure {self.figure!r}"

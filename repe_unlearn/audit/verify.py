@@ -91,7 +91,7 @@ def verify(
         fit: the prompts that it was fit on.
         heldout: prompts with other content and wording (``Contrast.split``), at least two content groups.
         select: tokens that the probes see; default those that the plan was fit on.
-        others: further plans for the cost table, e.g. ``{"mean_difference": plan2}``.
+        others: further plans for the cost table and the trade-off figure, e.g. ``{"mean difference": plan2}``.
         exported: folder that ``export.checkpoint`` wrote for this plan.
         neutral: texts for KL and perplexity.
         probe_prompts: at most this many held-out prompts, and half as many fitting ones, are used for probes.
@@ -151,7 +151,12 @@ def verify(
         model, tokenizer, neutral, {name: (lambda p=p: apply(model, p)) for name, p in plans.items()}
     )
     checks += _cost_checks(cost)
-    series += [_trade_off(cost, found, labels), curve]
+    refits = {"untouched": found["before"].refit, "this plan": found["after"].refit}
+    for name, other in (others or {}).items():
+        with apply(model, other):
+            refits[name] = probes.refit(gather(model, tokenizer, held_part, sites, **options), labels)
+    refits["random eraser"] = found["random eraser"].refit
+    series += [_trade_off(cost, refits, labels), curve]
     checks += _equivalence(model, tokenizer, plan, neutral, exported)
 
     seconds = time.perf_counter() - started
@@ -435,20 +440,21 @@ def _cost_checks(cost: Mapping[str, Cost]) -> list[Check]:
     return checks
 
 
-def _trade_off(cost: Mapping[str, Cost], found: Mapping[str, _Found], labels: probes.Labels) -> Series:
-    names = ["untouched", "this plan", "random eraser"]
-    keys = {"untouched": "before", "this plan": "after", "random eraser": "random eraser"}
-    worst = [max(float((p == labels.z).mean()) for p in found[keys[n]].refit.values()) for n in names]
+def _trade_off(
+    cost: Mapping[str, Cost], refits: Mapping[str, Mapping[Site, np.ndarray]], labels: probes.Labels
+) -> Series:
+    """One point per plan: what its worst site still shows to a linear probe, against what it changes elsewhere."""
+    worst = [max(float((p == labels.z).mean()) for p in found.values()) for found in refits.values()]
     return Series(
         "Removal against cost",
-        "plans",
-        tuple(0.0 if n == "untouched" else cost[n].kl_mean for n in names),
+        "one plan each",
+        tuple(cost[name].kl_mean if name in cost else 0.0 for name in refits),
         tuple(worst),
         x_label="mean KL to the untouched model on neutral text (nats per token)",
         y_label="worst site, refit probe accuracy",
         chance=labels.chance,
         marker_only=True,
-        point_labels=tuple(names),
+        point_labels=tuple(refits),
         caption="Down and left is better: nothing readable at the worst site, no change elsewhere.",
     )
 

@@ -8,7 +8,7 @@ from .architectures import Architecture
 from .audit import Check, Report, verify
 from .contrast import Contrast, Example
 from .eraser import Eraser
-from .fingerprint import fingerprint
+from .fingerprints import fingerprint
 from .folding import bake
 from .hooks import apply
 from .models import Loaded, load

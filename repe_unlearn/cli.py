@@ -17,7 +17,7 @@ from rich.table import Table
 from .errors import InputError, NumericalWarning, OutputExistsError, RepeUnlearnError
 
 if TYPE_CHECKING:
-    from .contrast import Contrast
+    pass
 
 app = typer.Typer(
     name="repe-unlearn",
@@ -217,6 +217,7 @@ def fit(
         from .architectures import Architecture
         from .models import load
         from .plan import solve
+        from .recipe import Recipe
         from .sequential import fit_sequential
 
         if solver not in _SOLVERS:
@@ -224,8 +225,8 @@ def fit(
         method = getattr(solvers, solver)
         chosen = partial(method, affine=False) if linear else method
         chosen_layers = _layers(layers)
-        recipe = {"contrast": contrast, "pairs": str(pairs), "test": str(test), "seed": str(seed)}
-        fitting, _ = _split(recipe)
+        recipe = Recipe(contrast, pairs, test, seed)
+        fitting, _ = recipe.split()
         loaded = load(model, progress=not quiet)
         arch = Architecture.of(loaded.model)
         where = arch.sites(*sites.replace(" ", "").split(","), layers=chosen_layers)  # type: ignore[arg-type]  # sites() checks the kinds
@@ -237,12 +238,18 @@ def fit(
                 "prompts": str(len(fitting)),
                 "select": select,
                 "fit": "independent",
-                **recipe,
+                **recipe.record(fitting),
             }
             plan = solve(moments, chosen, fingerprint=loaded.fingerprint, provenance=facts)
         else:
             plan = fit_sequential(
-                loaded.model, loaded.tokenizer, fitting, where, chosen, provenance=recipe, **options
+                loaded.model,
+                loaded.tokenizer,
+                fitting,
+                where,
+                chosen,
+                provenance=recipe.record(fitting),
+                **options,
             )
         plan.save(out, force=force)
     console.print(_escape(repr(plan)))
@@ -342,10 +349,10 @@ def verify(
         from .audit import verify as run
         from .models import load
         from .plan import ErasurePlan
+        from .recipe import Recipe
 
         erasers = ErasurePlan.load(plan)
-        recipe = dict(erasers.provenance) | ({"contrast": contrast} if contrast else {})
-        fitting, heldout = _split(recipe)
+        fitting, heldout = Recipe.prompts_of(erasers.provenance, contrast or None)
         loaded = load(model, progress=not quiet)
         report = run(
             loaded.model,
@@ -379,58 +386,6 @@ def _written(what: str, path: Path) -> None:
 def _exit(passed: bool) -> None:
     if not passed:
         raise typer.Exit(3)
-
-
-def _split(recipe: dict[str, str]) -> tuple[Contrast, Contrast]:
-    """Return the fitting and the held-out prompts that a recipe (in a plan's provenance) names."""
-    from .audit.verify import units
-    from .builtin import BUILTINS
-    from .contrast import Contrast
-
-    missing = [key for key in ("contrast", "pairs", "test", "seed") if key not in recipe]
-    if missing:
-        raise InputError(
-            f"the plan does not record its {', '.join(missing)}; it was not made by 'fit'. Verify it from Python instead."
-        )
-    source = recipe["contrast"]
-    try:
-        pairs, test, seed = int(recipe["pairs"]), float(recipe["test"]), int(recipe["seed"])
-    except ValueError as error:
-        raise InputError(
-            f"the plan records no usable numbers of its split ({error}); fit it again."
-        ) from None
-    if source in BUILTINS:
-        # A split drops what mixes held-out content with fitting wording, so make more than is used.
-        everything = Contrast.builtin(source, pairs=4 * pairs, seed=seed)
-    else:
-        everything = _read(Path(source))
-    fitting, heldout = everything.split(test, seed=seed)
-    if pairs >= len(set(fitting.pairs)):
-        return fitting, heldout
-    return fitting.sample(min(pairs, units(fitting)[0]), seed), heldout
-
-
-def _read(path: Path) -> Contrast:
-    from .contrast import Contrast
-    from .readers import read_csv, read_jsonl
-
-    if path.suffix not in (".jsonl", ".csv"):
-        raise InputError(f"got contrast {str(path)!r}; needed gender, tense, or a .jsonl or .csv file.")
-    jsonl = path.suffix == ".jsonl"
-    present = set((read_jsonl if jsonl else read_csv)(path).columns)
-    paired = {"positive", "negative"} <= present
-
-    def column(name: str, wanted: bool = True) -> str | None:
-        return name if wanted and name in present else None
-
-    return (Contrast.from_jsonl if jsonl else Contrast.from_csv)(
-        path,
-        group=column("group"),
-        template=column("template"),
-        pair=column("pair", not paired),
-        positive=column("positive", paired),
-        negative=column("negative", paired),
-    )
 
 
 def _layers(text: str) -> list[int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -94,6 +95,26 @@ class Contrast:
 
     def _repr_html_(self) -> str:
         return self.describe()._repr_html_()
+
+    def units(self) -> tuple[int, float]:
+        """How many pairs `sample` can take, and how many prompts one of them has on average.
+
+        Without pairs the unit is one prompt of each class, so the smallest class counts; for reals and tokens it
+        is a single prompt.
+        """
+        named = [example.pair for example in self.examples if example.pair]
+        if named:
+            return len(set(named)), len(named) / len(set(named))
+        if self.kind == "classes":
+            return min(Counter(self.labels).values()), float(len(self.classes))
+        return len(self), 1.0
+
+    def digest(self) -> str:
+        """16 hex digits that change with any text, label, class, group or template."""
+        content = repr(
+            (self.kind, self.classes, [(e.text, e.label, e.group, e.template) for e in self.examples])
+        )
+        return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
     def describe(self) -> Description:
         """Count prompts, classes, groups, templates, pairs, lengths and duplicates.

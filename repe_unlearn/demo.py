@@ -15,7 +15,7 @@ from torch import nn
 from . import export
 from .architectures import Architecture
 from .audit import Report, verify
-from .contrast import Contrast
+from .audit.neutral import NEUTRAL
 from .errors import OutputExistsError
 from .export.folder import new_folder
 from .folding import bake
@@ -23,6 +23,7 @@ from .hooks import apply
 from .models import DEFAULT, load
 from .patch import Patch
 from .plan import ErasurePlan
+from .recipe import Recipe
 from .sequential import fit_sequential
 from .solvers import leace, mean_difference
 
@@ -31,16 +32,19 @@ _PROMPT = "The nurse came home, took off the coat, and then"
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How much data a demo run uses: pairs to fit on, pairs for the comparison solver, prompts to probe, layers."""
+    """How much data a demo run uses: pairs to fit on and for the comparison, prompts to probe, every how
+    many layers, neutral texts.
+    """
 
     fit_pairs: int
     other_pairs: int
     probe_prompts: int
     every: int
+    neutral: int
 
 
-FULL = Size(fit_pairs=900, other_pairs=200, probe_prompts=560, every=1)
-QUICK = Size(fit_pairs=200, other_pairs=60, probe_prompts=160, every=5)
+FULL = Size(fit_pairs=900, other_pairs=200, probe_prompts=560, every=1, neutral=20)
+QUICK = Size(fit_pairs=180, other_pairs=50, probe_prompts=160, every=5, neutral=8)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -134,11 +138,12 @@ def _run(
 
     loaded = step("load", lambda: load(model, progress=progress))
     network, tokenizer = loaded.model, loaded.tokenizer
-    fit, heldout = step("prompts", lambda: prompts(concept, size, seed))
+    recipe = Recipe(concept, size.fit_pairs, seed=seed)
+    fit, heldout = step("prompts", recipe.split)
     say(str(fit.describe()))
     arch = Architecture.of(network)
     sites = arch.sites("attn_in", "mlp_in", layers=range(0, arch.n_layers, size.every))
-    fitting = {"select": "mean", "progress": progress}
+    fitting = {"select": "mean", "progress": progress, "provenance": recipe.record(fit)}
     plan = step("fit LEACE", lambda: fit_sequential(network, tokenizer, fit, sites, leace, **fitting))
     other = step(
         "fit mean difference",
@@ -171,6 +176,7 @@ def _run(
             heldout=heldout,
             others={"mean difference": other},
             exported=folder,
+            neutral=NEUTRAL[: size.neutral],
             probe_prompts=size.probe_prompts,
             seed=seed,
             progress=progress,
@@ -178,13 +184,6 @@ def _run(
     )
     report.save(out)
     return Outcome(report, plan, patch, out, seconds, _peak_bytes(), said)
-
-
-def prompts(concept: str, size: Size, seed: int = 0) -> tuple[Contrast, Contrast]:
-    """Return fitting and held-out prompts that share neither content nor wording."""
-    # A split holds out content and wording and drops what mixes the two, so make more than is used.
-    fit, heldout = Contrast.builtin(concept, pairs=4 * size.fit_pairs, seed=seed).split(0.25, seed=seed)
-    return fit.sample(min(size.fit_pairs, len(fit) // 2), seed), heldout
 
 
 def _continuations(model: nn.Module, tokenizer: Any, plan: ErasurePlan) -> dict[str, str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .architectures import KINDS, Architecture, Kind, Read, Write
 from .eraser import Eraser
 from .errors import InputError, NotBakeableError, ShapeError, UnsupportedModelError
-from .fingerprint import fingerprint
+from .fingerprints import fingerprint
 from .patch import Edit, Patch, is_quantised
 from .plan import ErasurePlan
 from .sites import Site

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from repe_unlearn.errors import FileFormatError, InputError, UnsupportedModelError
-from repe_unlearn.fingerprint import fingerprint
+from repe_unlearn.fingerprints import fingerprint
 from repe_unlearn.gguf_cache import builtin_gguf, cache_folder, converted
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ class Loaded:
     Attributes:
         model: in eval mode, no parameter asks for gradients.
         tokenizer: has a pad token (the end-of-sequence token where the files name none).
-        fingerprint: `repe_unlearn.fingerprint.fingerprint(model)` at load time.
+        fingerprint: `repe_unlearn.fingerprints.fingerprint(model)` at load time.
         source: folder with `config.json` and the safetensors files that hold exactly these weights.
     """
 

@@ -19,7 +19,7 @@ from .errors import (
     ShapeError,
     UnsupportedModelError,
 )
-from .fingerprint import fingerprint
+from .fingerprints import fingerprint
 from .tensorfile import read_tensors, write_tensors
 
 _KIND = "patch"

@@ -19,7 +19,7 @@ from .errors import (
     NoConceptWarning,
     NumericalWarning,
 )
-from .fingerprint import fingerprint
+from .fingerprints import fingerprint
 from .moments import Moments
 from .sites import Site
 from .solvers.leace import leace

@@ -16,7 +16,7 @@ from .contrast import Contrast
 from .encoding import Batch
 from .eraser import Eraser
 from .errors import InputError
-from .fingerprint import fingerprint
+from .fingerprints import fingerprint
 from .hooks import fused
 from .moments import Accumulator
 from .plan import ErasurePlan, Solver, gathered_warnings, named_solve, residual, solver_name

@@ -42,7 +42,7 @@ from repe_unlearn.export.safetensors_io import (
     tensor_bytes,
     write_stream,
 )
-from repe_unlearn.fingerprint import fingerprint
+from repe_unlearn.fingerprints import fingerprint
 
 O_PROJ = "model.layers.1.self_attn.o_proj.weight"
 DOWN = "model.layers.0.mlp.down_proj.weight"

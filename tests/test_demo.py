@@ -13,12 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import repe_unlearn as ru
 from repe_unlearn.audit.equivalence import Outputs, outputs
-from repe_unlearn.demo import FULL, QUICK, Outcome, Size, demo, prompts
+from repe_unlearn.demo import FULL, QUICK, Outcome, Size, demo
 from repe_unlearn.errors import InputError, OutputExistsError
+from repe_unlearn.recipe import Recipe
 
 module = importlib.import_module("repe_unlearn.demo")
 
-TINY = Size(fit_pairs=40, other_pairs=20, probe_prompts=60, every=2)
+TINY = Size(fit_pairs=40, other_pairs=20, probe_prompts=60, every=2, neutral=3)
 FILES = ["model", "patch.safetensors", "plan.safetensors", "report.html", "report.json", "report.md"]
 
 
@@ -66,7 +67,7 @@ def in_this_process(folder: Path, token_ids: list[list[int]]) -> Outputs:
 
 
 def test_a_tiny_demo_makes_everything(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.import_module("repe_unlearn.audit.verify"), "reloaded", in_this_process)
+    monkeypatch.setattr(importlib.import_module("repe_unlearn.audit.battery"), "reloaded", in_this_process)
     lines: list[str] = []
     out = tmp_path / "new" / "out"
     outcome = demo(out, model=str(source), size=TINY, progress=False, say=lines.append)
@@ -133,20 +134,20 @@ def test_what_must_not_be_replaced_is_refused_before_any_work(
 
 
 def test_an_unknown_concept(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no built-in contrast 'joy'"):
+    with pytest.raises(InputError, match="got contrast 'joy'; needed gender, tense"):
         demo(tmp_path / "out", concept="joy", model=str(source), progress=False, say=lambda _: None)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("concept", "seed"), [("gender", 0), ("gender", 3), ("tense", 0)])
 def test_prompts_share_neither_content_nor_wording(concept: str, seed: int) -> None:
-    fit, heldout = prompts(concept, QUICK, seed)
+    fit, heldout = Recipe(concept, QUICK.fit_pairs, seed=seed).split()
     assert len(fit) == 2 * QUICK.fit_pairs
     assert len(heldout) >= QUICK.probe_prompts
     for share in ("texts", "groups", "templates", "pairs"):
         assert not {*getattr(fit, share)} & {*getattr(heldout, share)}, share
-    assert prompts(concept, QUICK, seed)[0].texts == fit.texts
-    assert prompts(concept, QUICK, seed + 1)[0].texts != fit.texts
+    assert Recipe(concept, QUICK.fit_pairs, seed=seed).split()[0].texts == fit.texts
+    assert Recipe(concept, QUICK.fit_pairs, seed=seed + 1).split()[0].texts != fit.texts
 
 
 def test_quick_is_smaller_in_every_way() -> None:

@@ -16,7 +16,7 @@ import repe_unlearn
 from repe_unlearn.architectures import FAMILIES, KINDS, Architecture, Family, Kind
 from repe_unlearn.eraser import Eraser
 from repe_unlearn.errors import NotBakeableError
-from repe_unlearn.fingerprint import fingerprint
+from repe_unlearn.fingerprints import fingerprint
 from repe_unlearn.folding import bake
 from repe_unlearn.plan import ErasurePlan
 from tests.tiny import D, tiny

@@ -8,7 +8,7 @@ from folders import tiny_llama
 from torch import nn
 
 from repe_unlearn.errors import UnsupportedModelError
-from repe_unlearn.fingerprint import fingerprint, sample_positions
+from repe_unlearn.fingerprints import fingerprint, sample_positions
 
 
 def test_print_is_16_hex_characters_and_repeatable() -> None:

@@ -17,7 +17,7 @@ from repe_unlearn.errors import (
     UnsupportedArchitectureError,
     UnsupportedModelError,
 )
-from repe_unlearn.fingerprint import fingerprint
+from repe_unlearn.fingerprints import fingerprint
 from repe_unlearn.folding import bake
 from repe_unlearn.hooks import apply
 from repe_unlearn.plan import ErasurePlan

@@ -18,7 +18,7 @@ from repe_unlearn.errors import (
     UnknownSiteError,
     UnsupportedModelError,
 )
-from repe_unlearn.fingerprint import fingerprint
+from repe_unlearn.fingerprints import fingerprint
 from repe_unlearn.hooks import Applied, apply, fused
 from repe_unlearn.plan import ErasurePlan
 from repe_unlearn.sites import Site

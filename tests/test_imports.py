@@ -20,8 +20,8 @@ PACKAGE = ROOT.name
 # A package (builtin, solvers, audit, export) counts as one module. List a new module in the layer it belongs to.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "sites", "tokens", "example"),
-    ("eraser", "moments", "tensorfile", "fingerprint"),
-    ("contrast", "splitting", "description", "chat", "readers", "builtin"),
+    ("eraser", "moments", "tensorfile", "fingerprints"),
+    ("contrast", "splitting", "description", "chat", "readers", "builtin", "recipe"),
     ("solvers", "models", "gguf_cache"),
     ("plan", "patch", "encoding", "taps", "architectures"),
     ("activations", "sequential", "hooks", "folding"),

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from repe_unlearn import gguf_cache, models
 from repe_unlearn.errors import FileFormatError, InputError, MissingDependencyError, UnsupportedModelError
-from repe_unlearn.fingerprint import fingerprint
+from repe_unlearn.fingerprints import fingerprint
 from repe_unlearn.models import DEFAULT, load
 
 

@@ -22,7 +22,7 @@ from repe_unlearn.errors import (
     ShapeError,
     UnsupportedModelError,
 )
-from repe_unlearn.fingerprint import fingerprint
+from repe_unlearn.fingerprints import fingerprint
 from repe_unlearn.folding import bake
 from repe_unlearn.patch import Edit, Patch
 from repe_unlearn.plan import ErasurePlan

@@ -21,7 +21,7 @@ from repe_unlearn.errors import (
     OutputExistsError,
     UnknownSiteError,
 )
-from repe_unlearn.fingerprint import fingerprint
+from repe_unlearn.fingerprints import fingerprint
 from repe_unlearn.moments import Moments
 from repe_unlearn.plan import ErasurePlan, gathered_warnings, residual, solve, solver_name
 from repe_unlearn.sites import Site

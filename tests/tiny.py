@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from repe_unlearn.eraser import Eraser
-from repe_unlearn.fingerprint import fingerprint
+from repe_unlearn.fingerprints import fingerprint
 from repe_unlearn.plan import ErasurePlan
 from repe_unlearn.sites import Site
 

@@ -157,6 +157,47 @@ class Check:
         return cls(name, value, f">= {limit:g}", passed, control, low, high, site, note)
 
     @classmethod
+    def within(
+        cls,
+        name: str,
+        value: float,
+        center: float,
+        width: float,
+        *,
+        control: float | None = None,
+        low: float | None = None,
+        high: float | None = None,
+        site: str = "",
+        note: str = "",
+    ) -> Check:
+        """A check that passes exactly when ``value`` is finite and ``|value - center| <= width``.
+
+        Args:
+            name: dotted name.
+            value: what was measured; NaN or infinite fails.
+            center: finite middle of the range, e.g. chance.
+            width: finite half-width of the range, >= 0.
+            control: the same measure on the control.
+            low: lower end of the 95 % interval.
+            high: upper end of the 95 % interval.
+            site: ``str(Site)`` or ``""``.
+            note: one sentence.
+
+        Returns:
+            The check with ``bound`` and ``passed`` filled in.
+
+        Raises:
+            InputError: ``center`` or ``width`` is not finite, or a field is unusable.
+
+        Example:
+            >>> Check.within("probe.transferred.linear", 0.52, 0.5, 0.037).passed
+            True
+        """
+        value, center, width = real(value, f"{name}: value"), _limit(name, center), _limit(name, width)
+        passed = math.isfinite(value) and abs(value - center) <= width
+        return cls(name, value, f"within {center:g} ± {width:.3g}", passed, control, low, high, site, note)
+
+    @classmethod
     def information(
         cls,
         name: str,

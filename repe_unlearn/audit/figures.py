@@ -257,7 +257,7 @@ def _curve(ax: Axes, one: Series, style: dict[str, Any]) -> Any:
             ax.errorbar(one.x, y, (below, above), fmt="none", ecolor=color, elinewidth=1, alpha=0.6)
     elif one.low:
         ax.fill_between(one.x, one.low, one.high, color=color, alpha=0.15, linewidth=0)
-    line = ax.plot(one.x, y, markevery=max(1, len(one.x) // 40), **style)[0]
+    line = ax.plot(one.x, y, markevery=1 if one.marker_only else max(1, len(one.x) // 40), **style)[0]
     for x, value, label in zip(one.x, y, one.point_labels, strict=False):
         if math.isfinite(value):
             place = {"xytext": (5, 4), "textcoords": "offset points"}

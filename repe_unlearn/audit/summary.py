@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from repe_unlearn.audit.check import Check
 
-_BOUND = re.compile(r"\s*(<=|>=)\s*([-+0-9.eE]+)\s*")
+_NUMBER = r"([-+]?\d*\.?\d+(?:[eE][-+]?\d+)?)"
+_BOUND = re.compile(rf"\s*(<=|>=)\s*{_NUMBER}\s*")
+_RANGE = re.compile(rf"\s*within {_NUMBER} ± {_NUMBER}\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,25 +54,27 @@ class Row:
         return self.passed == self.judged if self.judged else None
 
 
-def limit_of(check: Check) -> tuple[str, float] | None:
-    """The sign and limit of a bound as ``at_most`` and ``at_least`` write it; None for other wordings."""
-    match = _BOUND.fullmatch(check.bound)
-    if match is None:
+def beyond(bound: str, value: float) -> float | None:
+    """How far a value is beyond a bound: negative inside, infinite for NaN, None for a bound in other words.
+
+    Bounds are read as ``Check.at_most``, ``at_least`` and ``within`` write them.
+    """
+    if _RANGE.fullmatch(bound):
+        center, width = (float(x) for x in _RANGE.fullmatch(bound).groups())  # type: ignore[union-attr]
+        distance = abs(value - center) - width
+    elif _BOUND.fullmatch(bound):
+        sign, limit = _BOUND.fullmatch(bound).groups()  # type: ignore[union-attr]
+        distance = value - float(limit) if sign == "<=" else float(limit) - value
+    else:
         return None
-    try:
-        return match[1], float(match[2])
-    except ValueError:
-        return None
+    return math.inf if math.isnan(value) else distance
 
 
 def excess(check: Check) -> float:
-    """How far the value is beyond its bound: negative inside, infinite for NaN, 0 if there is no limit."""
-    limit = limit_of(check)
+    """How far a check's value is beyond its bound, for sorting; 0 where the bound is in other words."""
     if math.isnan(check.value):
         return math.inf
-    if limit is None:
-        return 0.0
-    return check.value - limit[1] if limit[0] == "<=" else limit[1] - check.value
+    return beyond(check.bound, check.value) or 0.0
 
 
 def summarise(checks: Sequence[Check]) -> tuple[Row, ...]:
@@ -124,11 +128,6 @@ def _row(name: str, group: list[Check]) -> Row:
 
 
 def _controls_within(group: list[Check]) -> int | None:
-    within, readable = 0, 0
-    for check in group:
-        limit = limit_of(check)
-        if limit is None or check.control is None:
-            continue
-        readable += 1
-        within += check.control <= limit[1] if limit[0] == "<=" else check.control >= limit[1]
-    return within if readable else None
+    distances = [beyond(check.bound, check.control) for check in group if check.control is not None]
+    readable = [distance for distance in distances if distance is not None]
+    return sum(distance <= 0 for distance in readable) if readable else None

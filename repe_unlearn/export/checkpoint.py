@@ -33,7 +33,7 @@ from repe_unlearn.export.safetensors_io import (
     tensor_bytes,
     write_stream,
 )
-from repe_unlearn.fingerprint import digest, sample_positions
+from repe_unlearn.fingerprints import digest, sample_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -20,7 +20,9 @@ from repe_unlearn.audit.series import Series
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, nargs="+", default=[50, 200, 900])
     parser.add_argument("--concept", default="gender")
     parser.add_argument("--heldout", type=int, default=280, help="held-out pairs for the probes")
@@ -37,9 +39,13 @@ def main() -> None:
     labels = probes.Labels.of(before[sites[0]], heldout, a.seed)
     base = {s: probes.mean_gap(before[s], labels) for s in sites}
     untouched = [probes.accuracy(p, labels).value for p in probes.refit(before, labels).values()]
-    print(f"{a.concept}: {len(heldout)} held-out prompts, {len(set(heldout.templates))} held-out frames, {len(sites)} sites")
+    print(
+        f"{a.concept}: {len(heldout)} held-out prompts, {len(set(heldout.templates))} held-out frames, {len(sites)} sites"
+    )
     print(f"untouched: linear probe {min(untouched):.3f} to {max(untouched):.3f}")
-    print(f"{'pairs':>6} {'fit s':>6} | gap left median worst | refit linear median worst over-0.60 | refit MLP median worst")
+    print(
+        f"{'pairs':>6} {'fit s':>6} | gap left median worst | refit linear median worst over-0.60 | refit MLP median worst"
+    )
     rows = []
     for n in a.pairs:
         part = fit.sample(min(n, len(fit) // 2), a.seed)

@@ -19,7 +19,7 @@ from repe_unlearn.errors import (
     UnsupportedArchitectureError,
     UnsupportedModelError,
 )
-from repe_unlearn.fingerprint import fingerprint
+from repe_unlearn.fingerprints import fingerprint
 from repe_unlearn.folding import bake, exactness
 from repe_unlearn.hooks import apply
 from repe_unlearn.sites import Site

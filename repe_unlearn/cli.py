@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="repe-unlearn",
     help="Make a model stop representing something: capture, solve in closed form, hook or bake, verify, export.\n\n"
+    "[bold]One job, step by step[/]\n\n"
+    "repe-unlearn fit smollm2-135m plan.safetensors --contrast gender\n\n"
+    "repe-unlearn bake smollm2-135m plan.safetensors patch.safetensors\n\n"
+    "repe-unlearn export smollm2-135m patch.safetensors edited-model\n\n"
+    "repe-unlearn verify smollm2-135m plan.safetensors --exported edited-model --out report\n\n"
     "Exit codes: 0 done, 1 an error (one line says what to do), 2 wrong usage, 3 a check of the report failed.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -111,8 +116,11 @@ def demo(
 ) -> None:
     """Run the main job on a real model: fit, hook, bake, export, verify, report.
 
-    Erases a concept at every norm output of the model (60 sites of SmolLM2-135M), writes a patched checkpoint that plain
-    transformers loads, and an HTML report on what was removed and what it cost. About five minutes on two cores.
+    Erases a concept at every norm output (60 sites of SmolLM2-135M).
+
+    Writes a patched checkpoint that plain transformers loads, and an HTML report on what was removed and what it cost.
+
+    Takes about five minutes on two cores, --quick about 90 seconds.
     """
     from .demo import FULL, QUICK
     from .demo import demo as run

@@ -6,6 +6,7 @@ from . import export, solvers
 from .activations import capture, gather
 from .architectures import Architecture
 from .audit import Check, Report, verify
+from .concepts import Concepts
 from .contrast import Contrast, Example
 from .eraser import Eraser
 from .fingerprints import fingerprint
@@ -17,6 +18,7 @@ from .patch import Patch
 from .plan import ErasurePlan, solve
 from .sequential import fit_sequential
 from .sites import Site
+from .thin_moments import ThinMoments
 from .tokens import Select
 
 __version__ = _version("repe-unlearn")
@@ -24,6 +26,7 @@ __version__ = _version("repe-unlearn")
 __all__ = [
     "Architecture",
     "Check",
+    "Concepts",
     "Contrast",
     "Eraser",
     "ErasurePlan",
@@ -34,6 +37,7 @@ __all__ = [
     "Report",
     "Select",
     "Site",
+    "ThinMoments",
     "apply",
     "bake",
     "capture",

@@ -37,7 +37,7 @@ app = typer.Typer(
 console = Console(width=None if sys.stdout.isatty() else 120)
 complaints = Console(stderr=True)
 
-_SOLVERS = ("leace", "mean_difference", "random")
+_SOLVERS = ("leace", "mean_difference", "pca", "random")
 
 Model = Annotated[
     str,

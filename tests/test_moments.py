@@ -223,6 +223,54 @@ def test_accumulator_survives_a_refused_batch() -> None:
     assert difference(sums.moments(), Moments.of(x, z)) < 1e-12
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_batch_that_spans_blocks_is_refused_as_a_whole(bad: float) -> None:
+    x, z = sample(1500)
+    sums = Accumulator()
+    sums.add(x[:300], z[:300])
+    broken = x[300:].clone()
+    broken[-1, 2] = bad  # behind two full blocks
+    with pytest.raises(NonFiniteError, match=r"x holds .* 1 of 1200 rows; nothing was added"):
+        sums.add(broken, z[300:])
+    assert difference(sums.moments(), Moments.of(x[:300], z[:300])) < 1e-12
+    sums.add(x[300:], z[300:])
+    assert difference(sums.moments(), Moments.of(x, z)) < 1e-11
+
+
+def test_large_finite_half_precision_is_not_taken_for_infinite() -> None:
+    x, z = torch.full((700, 4), 60000.0, dtype=torch.float16), torch.arange(700) % 2
+    x[::2] *= -1  # their sum would overflow
+    assert difference(accumulated(x, z, 700), Moments.of(x, z)) < 1e-12
+
+
+def test_a_first_block_of_outliers_costs_no_accuracy() -> None:
+    # Attention sinks come first in a prompt, 1000 times the rest; the reference must not be one of them.
+    x, z = sample(1200)
+    x[0] *= 1e4
+    assert difference(accumulated(x, z, 1), two_pass(x, z)) < 1e-11
+
+
+@pytest.mark.parametrize("size", [7, 600])
+def test_a_float32_product_is_good_to_single_precision(size: int) -> None:
+    x, z = sample()
+    sums = Accumulator(product=torch.float32)
+    for start in range(0, len(x), size):
+        sums.add(x[start : start + size], z[start : start + size])
+    found, wanted = sums.moments(), Moments.of(x, z)
+    assert found.m_xx.dtype == torch.float64
+    scale = wanted.m_xx.diagonal().sqrt()
+    error = float(((found.m_xx - wanted.m_xx) / scale[:, None] / scale).abs().max())
+    assert 1e-12 < error < 1e-6  # not the float64 product, and good in every coordinate's own unit
+    assert torch.allclose(found.mean_x, wanted.mean_x, rtol=1e-7)
+    with pytest.raises(InputError, match=r"product=torch\.float16"):
+        Accumulator(product=torch.float16)
+
+
+def test_var_x_is_the_diagonal_of_the_covariance() -> None:
+    m = Moments.of(*sample())
+    assert torch.equal(m.var_x, m.cov_xx.diagonal())
+
+
 def test_accumulator_needs_the_number_of_classes_where_a_batch_may_lack_one() -> None:
     x, z = planted(2)
     ordered = z.argsort()

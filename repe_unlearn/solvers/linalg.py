@@ -4,29 +4,45 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import TypeAlias, overload
 
 import torch
-from concept_erasure import optimal_linear_shrinkage
 from torch import Tensor
 
 from repe_unlearn.errors import InputError, NonFiniteError, NotEnoughDataError, NumericalWarning
 from repe_unlearn.moments import Moments
+from repe_unlearn.shrinkage import Shrinkage, check_shrinkage, olse_weight, row_weight
+from repe_unlearn.thin_moments import ThinMoments
 
-Shrinkage = Literal["olse"] | float | None
+__all__ = [
+    "AnyMoments",
+    "Factor",
+    "Shrinkage",
+    "ThinFactor",
+    "check",
+    "correlation_factor",
+    "correlations",
+    "independent_columns",
+    "positive_definite",
+    "scales",
+    "shrink",
+]
+
+AnyMoments: TypeAlias = Moments | ThinMoments
 
 
-def check(m: Moments) -> None:
+def check(m: AnyMoments) -> None:
     """Refuse moments that no solver can use.
 
     Raises:
         NotEnoughDataError: fewer than two samples, or z is the same everywhere (one class).
         NonFiniteError: NaN or infinity.
     """
-    for name in ("mean_x", "mean_z", "m_xx", "m_xz", "m_zz"):
+    second = "m_xx" if isinstance(m, Moments) else "var_x"
+    for name in ("mean_x", "mean_z", second, "m_xz", "m_zz"):
         if not torch.isfinite(getattr(m, name)).all():
             raise NonFiniteError(
-                f"Moments.{name} holds NaN or infinite values; check the activations it was made from."
+                f"{type(m).__name__}.{name} holds NaN or infinite values; check the activations it was made from."
             )
     if m.n < 2:
         raise NotEnoughDataError(f"got {m.n:g} samples; needed at least 2.")
@@ -36,9 +52,9 @@ def check(m: Moments) -> None:
         )
 
 
-def scales(m: Moments) -> tuple[Tensor, Tensor]:
+def scales(m: AnyMoments) -> tuple[Tensor, Tensor]:
     """Return the standard deviations of x [d] and of z [k]; 1 where a coordinate is constant to rounding."""
-    return _safe_std(m.cov_xx.diagonal(), m.mean_x), _safe_std(m.cov_zz.diagonal(), m.mean_z)
+    return _safe_std(m.var_x, m.mean_x), _safe_std(m.cov_zz.diagonal(), m.mean_z)
 
 
 def _constant(variance: Tensor, mean: Tensor) -> Tensor:
@@ -98,6 +114,43 @@ class Factor:
         return self.vectors, self.roots, self.floored
 
 
+@dataclass(frozen=True, slots=True)
+class ThinFactor:
+    """A square root F of a correlation matrix of few samples, without a d x d matrix.
+
+    ``F = Q G Qᵀ + rest (I - Q Qᵀ)`` with Q a basis of the span of the samples. Without shrinkage ``rest`` is 0
+    and the inverses are pseudo-inverses: nothing is read from directions that no sample showed.
+
+    Attributes:
+        basis: Q, ``[d, m]`` with orthonormal columns.
+        inner: G, the square root of the correlation matrix within the span, ``[m, m]``.
+        rest: square root of the eigenvalue of all other directions, the weight of the identity.
+    """
+
+    basis: Tensor
+    inner: Factor
+    rest: float
+
+    def times(self, b: Tensor) -> Tensor:
+        """Return ``F b``."""
+        inside = self.basis.T @ b
+        return self.basis @ self.inner.times(inside) + self.rest * (b - self.basis @ inside)
+
+    def solve(self, b: Tensor) -> Tensor:
+        """Return ``F⁻¹ b``."""
+        inside = self.basis.T @ b
+        return self._with_rest(b, inside, self.inner.solve(inside))
+
+    def solve_transposed(self, b: Tensor) -> Tensor:
+        """Return ``F⁻ᵀ b``."""
+        inside = self.basis.T @ b
+        return self._with_rest(b, inside, self.inner.solve_transposed(inside))
+
+    def _with_rest(self, b: Tensor, inside: Tensor, solved: Tensor) -> Tensor:
+        found = self.basis @ solved
+        return found if self.rest == 0 else found + (b - self.basis @ inside) / self.rest
+
+
 def independent_columns(b: Tensor) -> Tensor:
     """Return ``b [d, k]`` in an orthonormal basis of its columns ``[d, r]``, without those of rounding size.
 
@@ -110,61 +163,105 @@ def independent_columns(b: Tensor) -> Tensor:
     return u[:, keep] * s[keep]
 
 
-def correlation_factor(m: Moments, scale: Tensor, shrinkage: Shrinkage) -> Factor:
+def correlations(m: Moments, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the correlation matrix of x [d, d], and the number of coordinates that are not constant.
+
+    Constant coordinates have variance 0 and covariance 0 with everything: they get a variance of 1.
+    """
+    corr = m.m_xx / (m.n * scale)[:, None]
+    corr /= scale
+    diagonal = corr.diagonal()
+    moving = diagonal > 0.5
+    diagonal.copy_(torch.where(moving, diagonal, 1.0))
+    return corr, moving.sum()
+
+
+@overload
+def correlation_factor(m: Moments, scale: Tensor, shrinkage: Shrinkage) -> Factor: ...
+@overload
+def correlation_factor(m: AnyMoments, scale: Tensor, shrinkage: Shrinkage) -> Factor | ThinFactor: ...
+def correlation_factor(m: AnyMoments, scale: Tensor, shrinkage: Shrinkage) -> Factor | ThinFactor:
     """Return the square root F of the (shrunk) correlation matrix of x.
 
     Equilibration comes before everything else, so one coordinate that is 1e6 times the others neither hides
     them nor takes part in a tolerance. F is the Cholesky factor; where the matrix is not numerically positive
     definite it comes from the eigendecomposition, with eigenvalues floored relative to the largest (and a
-    warning).
+    warning). Fewer samples than coordinates in ``ThinMoments`` give the same F (up to a rotation, which no
+    projection depends on) in O(n² d) instead of O(d³).
     """
-    corr = m.cov_xx / scale[:, None] / scale
-    diagonal = corr.diagonal()
-    # Constant coordinates have variance 0 and covariance 0 with everything: give them a variance of 1.
-    missing = torch.where(diagonal <= 0.5, 1.0 - diagonal, torch.zeros_like(diagonal))
-    corr = corr + torch.diag_embed(missing)
-    corr = shrink(corr, m.n, shrinkage)
-    factor, info = torch.linalg.cholesky_ex(corr)
-    eps = torch.finfo(corr.dtype).eps
-    if int(info) == 0 and float(factor.diagonal().min()) ** 2 > corr.shape[0] * eps:
-        return Factor(lower=factor)
-    values, vectors = torch.linalg.eigh(corr)
-    floor = float(values[-1]) * corr.shape[0] * eps
-    warnings.warn(
-        f"the covariance of x ({m.n:g} samples, d={m.d}) is singular to rounding: "
-        f"{int((values <= floor).sum())} directions hold no variance. The eraser is exact on this sample; "
-        "use shrinkage='olse' or more prompts for a stable one.",
-        NumericalWarning,
-        stacklevel=3,
-    )
+    if isinstance(m, Moments):
+        corr, moving = correlations(m, scale)
+        factor = _root(shrink(corr, m.n, shrinkage, moving=moving), m.d)
+    else:
+        check_shrinkage(shrinkage)
+        y = m.standardised(scale)
+        moving = m.var_x > 0.5 * scale.square()
+        weight = row_weight(y[:, moving] if not moving.all() else y, m.weight, m.n, shrinkage)
+        if y.shape[0] < m.d:
+            basis, r = torch.linalg.qr(y.T)
+            inner = (1 - weight) * (r @ r.T)
+            inner.diagonal().add_(weight)
+            factor = ThinFactor(basis, _root(inner, m.d), weight**0.5)
+        else:
+            corr = (1 - weight) * (y.T @ y)
+            corr.diagonal().add_((~moving).to(corr.dtype) * (1 - weight) + weight)
+            factor = _root(corr, m.d)
+    root = factor.inner if isinstance(factor, ThinFactor) else factor
+    if root.floored is not None:
+        empty = int(root.floored.sum()) + m.d - len(root.floored)
+        warnings.warn(
+            f"the covariance of x ({m.n:g} samples, d={m.d}) is singular to rounding: "
+            f"{empty} directions hold no variance. The eraser is exact on this sample; "
+            "use shrinkage='olse' or more prompts for a stable one.",
+            NumericalWarning,
+            stacklevel=3,
+        )
+    return factor
+
+
+def positive_definite(lower: Tensor, info: Tensor, d: int) -> Tensor:
+    """Return True [...] where a Cholesky factor ``[..., d, d]`` of a correlation matrix can be trusted."""
+    smallest = lower.diagonal(dim1=-2, dim2=-1).amin(-1).square()
+    return (info == 0) & (smallest > d * torch.finfo(lower.dtype).eps)
+
+
+def _root(matrix: Tensor, d: int) -> Factor:
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    if bool(positive_definite(lower, info, d)):
+        return Factor(lower=lower)
+    values, vectors = torch.linalg.eigh(matrix)
+    floor = values[-1] * d * torch.finfo(matrix.dtype).eps
     return Factor(vectors=vectors, roots=values.clamp_min(floor).sqrt(), floored=values <= floor)
 
 
-def shrink(corr: Tensor, n: float, shrinkage: Shrinkage) -> Tensor:
+def shrink(corr: Tensor, n: float, shrinkage: Shrinkage, *, moving: Tensor | None = None) -> Tensor:
     """Return the correlation matrix shrunk towards the identity.
 
     Args:
-        corr: ``[d, d]``.
+        corr: ``[..., d, d]`` with a diagonal of ones.
         n: number of samples.
-        shrinkage: ``"olse"`` (the optimal linear estimate of Bodnar, Gupta & Parolya 2014, arXiv 1308.2608,
-            as implemented by concept-erasure), a weight in [0, 1] for the identity, or None.
+        shrinkage: ``"olse"`` (the optimal linear estimate of Bodnar, Gupta & Parolya 2014, arXiv 1308.2608), a
+            weight in [0, 1] for the identity, or None. See ``repe_unlearn.shrinkage``.
+        moving: ``[...]`` number of coordinates that are not constant; default d.
 
     Raises:
-        InputError: another value.
+        InputError: another value; ``"ledoit_wolf"``, which cannot be had from second moments.
     """
+    check_shrinkage(shrinkage)
     if shrinkage is None:
         return corr
-    if shrinkage == "olse":
-        isotropic = corr.diagonal().mean() * torch.eye(corr.shape[0], dtype=corr.dtype, device=corr.device)
-        if torch.equal(corr, isotropic):
-            return corr  # already at the target, where the estimate is 0 / 0
-        off = corr - isotropic
-        estimate = optimal_linear_shrinkage(corr, max(int(n), 2)) - isotropic
-        # Unbounded for nearly uncorrelated features; with a weight outside 0..1 it need not be a covariance.
-        weight = ((estimate * off).sum() / off.square().sum()).clamp(0.0, 1.0)
-        return isotropic + weight * off
-    if isinstance(shrinkage, int | float) and 0 <= shrinkage <= 1:
-        return (1 - shrinkage) * corr + shrinkage * torch.eye(
-            corr.shape[0], dtype=corr.dtype, device=corr.device
+    if shrinkage == "ledoit_wolf":
+        raise InputError(
+            "got shrinkage='ledoit_wolf' with Moments; it needs the fourth moments of the rows, which Moments "
+            "do not hold. Pass ThinMoments.of(x, z), or use 'olse'."
         )
-    raise InputError(f"got shrinkage={shrinkage!r}; needed 'olse', a number from 0 to 1, or None.")
+    if shrinkage == "olse":
+        off = corr.clone()
+        off.diagonal(dim1=-2, dim2=-1).zero_()
+        trace = corr.new_tensor(corr.shape[-1]) if moving is None else moving.to(corr.dtype)
+        weight = olse_weight(off.square_().sum((-2, -1)), trace, n)[..., None]
+    else:
+        weight = corr.new_full((*corr.shape[:-2], 1), float(shrinkage))
+    shrunk = (1 - weight)[..., None] * corr
+    shrunk.diagonal(dim1=-2, dim2=-1).add_(weight)
+    return shrunk

@@ -9,11 +9,12 @@ import torch
 from repe_unlearn.eraser import Eraser
 from repe_unlearn.errors import NoConceptWarning
 from repe_unlearn.moments import Moments
+from repe_unlearn.thin_moments import ThinMoments
 
 from .linalg import check, scales
 
 
-def mean_difference(m: Moments, *, affine: bool = True, rtol: float | None = None) -> Eraser:
+def mean_difference(m: Moments | ThinMoments, *, affine: bool = True, rtol: float | None = None) -> Eraser:
     """Return the orthogonal projection after which all class means coincide (zero covariance of x and z).
 
     Known as SAL at full rank, as mean projection, and for two classes as ablation of the difference in means.

@@ -7,11 +7,14 @@ import torch
 from repe_unlearn.eraser import Eraser
 from repe_unlearn.errors import InputError
 from repe_unlearn.moments import Moments
+from repe_unlearn.thin_moments import ThinMoments
 
 from .linalg import check, scales
 
 
-def random(m: Moments, *, rank: int | None = None, seed: int = 0, affine: bool = True) -> Eraser:
+def random(
+    m: Moments | ThinMoments, *, rank: int | None = None, seed: int = 0, affine: bool = True
+) -> Eraser:
     """Return the orthogonal projection away from a random subspace: variance goes, the concept stays.
 
     Args:
@@ -35,7 +38,10 @@ def random(m: Moments, *, rank: int | None = None, seed: int = 0, affine: bool =
     check(m)
     if rank is None:
         _, std_z = scales(m)  # columns of z in different units count alike
-        rank = min(int(torch.linalg.matrix_rank(m.cov_zz / std_z[:, None] / std_z, hermitian=True)), m.d)
+        # One-hot columns sum to a constant; over many rows that dependence shows as an eigenvalue of rounding size,
+        # far above eps itself. Real dependence of concepts is not a matter of ten digits.
+        correlation = m.cov_zz / std_z[:, None] / std_z
+        rank = min(int(torch.linalg.matrix_rank(correlation, hermitian=True, rtol=1e-10)), m.d)
     if not 0 <= rank <= m.d:
         raise InputError(f"got rank={rank}; needed 0 <= rank <= d = {m.d}.")
     generator = torch.Generator().manual_seed(seed)

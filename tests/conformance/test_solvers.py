@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from repe_unlearn.errors import (
     NumericalWarning,
 )
 from repe_unlearn.moments import Moments
-from repe_unlearn.solvers import leace, mean_difference, random
+from repe_unlearn.solvers import joint, leace, mean_difference, pca, random, shared, splince, subspace
 from repe_unlearn.solvers.linalg import Shrinkage, shrink
 
 
@@ -45,6 +46,26 @@ class Row:
 PROPERTIES = ("guards", "idempotent", "mean_preserving", "orthogonal", "least_change")
 exact_leace = partial(leace, shrinkage=None)
 
+
+def splince_keeping(m: Moments, **options: Any) -> Eraser:
+    """Keep the covariance with two readings of x, whose moments follow from those of x."""
+    reading = torch.linspace(-1, 1, 2 * m.d, dtype=torch.float64).sin().reshape(m.d, 2)
+    cross = m.m_xx @ reading
+    y = Moments(m.n, m.mean_x, m.mean_x @ reading, m.m_xx, cross, reading.T @ cross)
+    return splince(m, preserve=y, **options)
+
+
+def subspace_of_concept(m: Moments, **options: Any) -> Eraser:
+    """Remove the directions of the cross-covariance, which makes a guarding eraser of it."""
+    return subspace(m, m.m_xz.T, **options)
+
+
+def pca_of_all(m: Moments, **options: Any) -> Eraser:
+    """Remove as many principal directions as guarding would need; x stands in for its differences."""
+    scaled = m.cov_xz / m.cov_xz.norm()
+    return pca(m, rank=int(torch.linalg.matrix_rank(scaled, rtol=1e-10)), differences=m, **options)
+
+
 SOLVERS = {
     "leace": Row(exact_leace, True, True, True, False, True),
     "leace, shrunk": Row(partial(leace, shrinkage=0.3), True, True, True, False, False),
@@ -54,6 +75,18 @@ SOLVERS = {
     "mean_difference, linear": Row(partial(mean_difference, affine=False), True, True, False, True, False),
     "random": Row(random, False, True, True, True, False),
     "random, linear": Row(partial(random, affine=False), False, True, False, True, False),
+    "splince": Row(partial(splince_keeping, shrinkage=None), True, True, True, False, False),
+    "splince, olse": Row(splince_keeping, True, True, True, False, False),
+    "splince, linear": Row(partial(splince_keeping, affine=False), True, True, False, False, False),
+    "subspace": Row(subspace_of_concept, True, True, True, True, False),
+    "subspace, whitened": Row(
+        partial(subspace_of_concept, metric="whitened", shrinkage=None), True, True, True, False, True
+    ),
+    "subspace, linear": Row(partial(subspace_of_concept, affine=False), True, True, False, True, False),
+    "pca": Row(pca_of_all, False, True, True, True, False),
+    "pca, linear": Row(partial(pca_of_all, affine=False), False, True, False, True, False),
+    "joint": Row(partial(joint, shrinkage=None), True, True, True, False, True),
+    "shared": Row(partial(shared, shrinkage=None), True, True, True, False, True),
 }
 SAMPLES = [(k, shape) for shape in SHAPES for k in (1, 2, 5)]
 
@@ -479,3 +512,11 @@ def test_solvers_leave_their_moments_alone_and_share_no_memory(solver: Callable[
     shift = e.shift.clone()
     m.mean_x.add_(1.0)
     assert torch.equal(e.shift, shift)
+
+
+@pytest.mark.parametrize(("n", "k"), [(13152, 14), (5000, 18), (300, 3)])
+def test_the_control_has_the_rank_of_what_it_controls(n: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z, x = torch.randint(k, (n,), generator=generator), torch.randn(n, 24, generator=generator)
+    m = Moments.of(x, z, classes=k)
+    assert random(m).rank == leace(m).rank == k - 1

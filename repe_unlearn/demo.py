@@ -44,7 +44,7 @@ class Size:
 
 
 FULL = Size(fit_pairs=900, other_pairs=200, probe_prompts=560, every=1, neutral=20)
-QUICK = Size(fit_pairs=200, other_pairs=40, probe_prompts=144, every=5, neutral=6)
+QUICK = Size(fit_pairs=200, other_pairs=40, probe_prompts=176, every=5, neutral=6)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

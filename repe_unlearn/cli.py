@@ -8,16 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from .errors import InputError, NumericalWarning, OutputExistsError, RepeUnlearnError
-
-if TYPE_CHECKING:
-    pass
 
 app = typer.Typer(
     name="repe-unlearn",

@@ -144,11 +144,7 @@ class Moments:
         return self._combine(other, -1.0)
 
     def _combine(self, other: Moments, sign: float) -> Moments:
-        if (self.d, self.k) != (other.d, other.k):
-            raise ShapeError(
-                f"cannot merge moments of width (d={self.d}, k={self.k}) with (d={other.d}, k={other.k}); "
-                "were the two captured at the same kind of site, with the same classes?"
-            )
+        require_same_widths((self.d, self.k), (other.d, other.k))
         n = self.n + sign * other.n
         if abs(n) <= 1e-12 * self.n:
             n = 0.0  # fractional weights do not cancel exactly
@@ -259,6 +255,19 @@ class Moments:
 
     def _repr_html_(self) -> str:
         return f"<code>{json.dumps(repr(self))[1:-1]}</code>"
+
+
+def require_same_widths(a: tuple[int, int], b: tuple[int, int]) -> None:
+    """Refuse to merge statistics of widths (d, k) that differ.
+
+    Raises:
+        ShapeError: d or k differ.
+    """
+    if a != b:
+        raise ShapeError(
+            f"cannot merge moments of width (d={a[0]}, k={a[1]}) with (d={b[0]}, k={b[1]}); "
+            "were the two captured at the same kind of site, with the same classes?"
+        )
 
 
 class Accumulator:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .errors import InputError, NotEnoughDataError, ShapeError
-from .moments import Moments
+from .errors import InputError, NotEnoughDataError
+from .moments import Moments, require_same_widths
 from .rows import checked_rows
 
 
@@ -155,11 +155,7 @@ class ThinMoments:
         Raises:
             ShapeError: the widths differ.
         """
-        if (self.d, self.k) != (other.d, other.k):
-            raise ShapeError(
-                f"cannot merge moments of width (d={self.d}, k={self.k}) with (d={other.d}, k={other.k}); "
-                "were the two captured at the same kind of site, with the same classes?"
-            )
+        require_same_widths((self.d, self.k), (other.d, other.k))
         return ThinMoments(
             torch.cat([self.x, other.x]),  # to the wider of the two dtypes, which loses nothing
             torch.cat([self.z, other.z]),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -180,14 +181,9 @@ def _gather(
     plan: ErasurePlan | None,
     options: dict,
 ) -> tuple[dict[Site, Rows], dict[Site, Rows]]:
-    if plan is None:
-        return gather(model, tokenizer, fit, sites, **options), gather(
-            model, tokenizer, heldout, sites, **options
-        )
-    with apply(model, plan):
-        return gather(model, tokenizer, fit, sites, **options), gather(
-            model, tokenizer, heldout, sites, **options
-        )
+    with nullcontext() if plan is None else apply(model, plan):
+        rows_fit = gather(model, tokenizer, fit, sites, **options)
+        return rows_fit, gather(model, tokenizer, heldout, sites, **options)
 
 
 def _residual(plan: ErasurePlan) -> list[Check]:

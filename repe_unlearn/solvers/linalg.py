@@ -151,6 +151,18 @@ class ThinFactor:
         return found if self.rest == 0 else found + (b - self.basis @ inside) / self.rest
 
 
+def concept_correlations(m: AnyMoments) -> tuple[Tensor, Tensor, float]:
+    """Return the correlation matrix of z [k, k], the standard deviations of z [k], and a relative tolerance.
+
+    Eigenvalues up to the tolerance are rounding. It grows with the root of the number of samples: one-hot columns sum
+    to a constant, and a smaller tolerance takes that dependence for a direction when samples are many or a class is
+    rare.
+    """
+    _, std_z = scales(m)
+    corr = m.cov_zz / std_z[:, None] / std_z
+    return (corr + corr.T) / 2, std_z, 10 * m.k * max(m.n, 1.0) ** 0.5 * torch.finfo(corr.dtype).eps
+
+
 def independent_columns(b: Tensor) -> Tensor:
     """Return ``b [d, k]`` in an orthonormal basis of its columns ``[d, r]``, without those of rounding size.
 

@@ -11,7 +11,7 @@ from repe_unlearn.errors import InputError, NonFiniteError, ShapeError
 from repe_unlearn.moments import Moments
 from repe_unlearn.thin_moments import ThinMoments
 
-from .linalg import check, scales
+from .linalg import check, concept_correlations
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -174,9 +174,6 @@ def oracle(m: Moments | ThinMoments, *, rtol: float | None = None) -> OracleEras
         [4.5, 6.5, 4.5, 6.5]
     """
     check(m)
-    _, std_z = scales(m)
-    corr = m.cov_zz / std_z[:, None] / std_z
-    # Smaller tolerances take the dependence of one-hot columns for a direction when one class is rare.
-    tolerance = 10 * m.k * max(m.n, 1.0) ** 0.5 * torch.finfo(corr.dtype).eps if rtol is None else rtol
-    inverse = torch.linalg.pinv((corr + corr.T) / 2, hermitian=True, rtol=tolerance)
+    corr, std_z, tolerance = concept_correlations(m)
+    inverse = torch.linalg.pinv(corr, hermitian=True, rtol=tolerance if rtol is None else rtol)
     return OracleEraser(m.cov_xz / std_z @ inverse / std_z, m.mean_z)

@@ -9,7 +9,7 @@ from repe_unlearn.errors import InputError
 from repe_unlearn.moments import Moments
 from repe_unlearn.thin_moments import ThinMoments
 
-from .linalg import check, scales
+from .linalg import check, concept_correlations
 
 
 def random(
@@ -37,11 +37,8 @@ def random(
     """
     check(m)
     if rank is None:
-        _, std_z = scales(m)  # columns of z in different units count alike
-        # One-hot columns sum to a constant; over many rows that dependence shows as an eigenvalue of rounding size,
-        # far above eps itself. Real dependence of concepts is not a matter of ten digits.
-        correlation = m.cov_zz / std_z[:, None] / std_z
-        rank = min(int(torch.linalg.matrix_rank(correlation, hermitian=True, rtol=1e-10)), m.d)
+        corr, _, tolerance = concept_correlations(m)  # columns of z in different units count alike
+        rank = min(int(torch.linalg.matrix_rank(corr, hermitian=True, rtol=tolerance)), m.d)
     if not 0 <= rank <= m.d:
         raise InputError(f"got rank={rank}; needed 0 <= rank <= d = {m.d}.")
     generator = torch.Generator().manual_seed(seed)

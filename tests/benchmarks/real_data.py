@@ -25,7 +25,17 @@ import torch
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
-from repe_unlearn import Architecture, Contrast, ErasurePlan, Moments, apply, gather, load, solvers
+from repe_unlearn import (
+    Architecture,
+    Contrast,
+    ErasurePlan,
+    Moments,
+    apply,
+    fingerprint,
+    gather,
+    load,
+    solvers,
+)
 from repe_unlearn.activations import Rows
 from repe_unlearn.audit import probes
 from repe_unlearn.audit.neutral import NEUTRAL
@@ -102,7 +112,7 @@ def table(
     fitting, held = (gather(model, tokenizer, part, [site], **look)[site] for part in (fit, heldout))
     held = Rows(held.x[:most], held.z[:most], held.owner[:most])
     labels = probes.Labels.of(held, heldout)
-    k = len(fit.classes)
+    k, print_ = len(fit.classes), fingerprint(model)
     m = Moments.of(fitting.x, fitting.z, classes=k)
     by_class = [Moments.of(fitting.x[fitting.z == c], fitting.z[fitting.z == c], classes=k) for c in range(k)]
     rank = solvers.leace(m).rank
@@ -146,19 +156,13 @@ def table(
         energy = float((x - held.x).square().sum()) / variance
         cost = "–"
         if isinstance(eraser, Eraser):
-            plan = ErasurePlan({site: eraser}, fingerprint_of(model))
+            plan = ErasurePlan({site: eraser}, print_)
             cost = f"{costs(model, tokenizer, NEUTRAL, {label: lambda p=plan: apply(model, p)})[label].kl_mean:.4f}"
         size = eraser.rank if isinstance(eraser, Eraser) else "–"
         print(
             f"| {label} | {size} | {seconds:.2f} | {linear:.3f} | {network:.3f} | {svm(rows[site], labels):.3f} | {energy:.4f} | {cost} |",
             flush=True,
         )
-
-
-def fingerprint_of(model) -> str:
-    from repe_unlearn import fingerprint
-
-    return fingerprint(model)
 
 
 def main() -> None:

@@ -116,8 +116,10 @@ class Eraser:
             )
         wide = torch.promote_types(torch.promote_types(x.dtype, self.dtype), torch.float32)
         left, right, shift = (t.to(x.device, wide) for t in (self.left, self.right, self.shift))
-        y = x.to(wide)
-        return (y - ((y - shift) @ right.T) @ left.T).to(x.dtype)
+        rows = x.reshape(-1, self.dim).to(wide)
+        # Two products that add in place of two more passes over the rows: x - left (right x - right shift).
+        erased = torch.addmm(rows, torch.addmm(-(right @ shift), rows, right.T), left.T, alpha=-1)
+        return erased.to(x.dtype).reshape(x.shape)
 
     def matrix(self) -> Tensor:
         """Return the dense linear part ``I - left @ right``, [d, d] (acts on column vectors)."""

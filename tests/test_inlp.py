@@ -17,6 +17,7 @@ from repe_unlearn.errors import (
 )
 from repe_unlearn.moments import Moments
 from repe_unlearn.solvers import inlp, leace
+from repe_unlearn.solvers.logistic import fit_logistic
 
 
 def balanced_accuracy(train: Tensor, z: Tensor, test: Tensor, z_test: Tensor) -> float:
@@ -57,6 +58,32 @@ def test_one_round_does_not_suffice_where_the_covariance_misleads_the_probe() ->
     before, after = (covariances(a, one_hot(z))[1].norm() for a in (x, inlp(x, z)(x)))
     assert 1e-6 < float(after / before) < 0.5
     assert float(covariances(leace(Moments.of(x, z))(x), one_hot(z))[1].norm() / before) < 1e-10
+
+
+def test_it_is_the_plain_loop_that_projects_rows_and_starts_anew() -> None:
+    x, z = sample(0)
+    held = torch.arange(len(z)) // 3 % 4 == 3  # classes alternate: every fourth row of each
+    centre = x[~held].mean(0)
+    y = x[~held] - centre
+    basis = y.new_zeros(16, 0)
+
+    def plain(rounds: int) -> Tensor:
+        found = basis
+        for _ in range(rounds):
+            left = y - y @ found @ found.T
+            scale = float(
+                y.square().sum() / left.square().sum()
+            )  # the penalty follows the unprojected variance
+            probe = fit_logistic(left, z[~held], left.T @ left / len(y), ridge=1e-2 * scale)
+            found = torch.cat([found, torch.linalg.svd(probe.weights, full_matrices=False).U[:, :2]], dim=1)
+        return found @ found.T
+
+    e = inlp(x, z, heldout=held)
+    assert torch.equal(e.left, inlp(x, z).left)
+    assert e.rank >= 4
+    # The probes of the solver stop at a tolerance, which is all that differs.
+    assert float((plain(e.rank // 2) - e.left @ e.left.T).norm()) <= 0.05
+    assert float((plain(e.rank // 2 - 1) - e.left @ e.left.T).norm()) > 1.0
 
 
 def test_many_rounds_do_not_drift() -> None:

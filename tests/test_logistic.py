@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from repe_unlearn.errors import InputError
 from repe_unlearn.moments import Moments
-from repe_unlearn.solvers.logistic import fit_logistic
+from repe_unlearn.solvers.logistic import Probing, fit_logistic
 
 
 def centred(k: int = 4) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +81,7 @@ def test_weights_count_like_copies() -> None:
 def test_a_start_saves_work_and_changes_nothing() -> None:
     x, z, cov = centred()
     cold = fit_logistic(x, z, cov, ridge=1e-3)
-    warm = fit_logistic(x, z, cov, ridge=1e-3, start=cold.weights + 0.1)
+    warm = fit_logistic(x, z, cov, ridge=1e-3, start=replace(cold, weights=cold.weights + 0.1))
     assert torch.allclose(cold.weights, warm.weights, atol=1e-7)
 
 
@@ -88,3 +89,48 @@ def test_a_start_saves_work_and_changes_nothing() -> None:
 def test_refuses_a_penalty_that_bounds_nothing(ridge: float) -> None:
     with pytest.raises(InputError, match="ridge"):
         fit_logistic(*centred(), ridge=ridge)
+
+
+def test_directions_taken_away_one_by_one_equal_those_taken_at_once() -> None:
+    x, z, cov = centred()
+    u = torch.linalg.qr(torch.randn(len(cov), 3, dtype=torch.float64)).Q
+    probing = Probing.of(x, z, cov, ridge=1e-3)
+    steps = probing.without(u[:, :1]).without(u[:, 1:2]).without(u[:, 2:])
+    assert len(steps.rows) == len(cov) - 3
+    one_by_one, at_once = steps.fit(), fit_logistic(x, z, cov, ridge=1e-3, basis=u)
+    assert torch.allclose(one_by_one.weights, at_once.weights, atol=1e-8)
+    assert torch.allclose(one_by_one.pull, at_once.pull, atol=1e-8)
+    assert not torch.allclose(probing.without(u[:, :2]).fit().weights, at_once.weights, atol=1e-2)
+
+
+def test_where_nothing_is_allowed_the_labels_keep_their_entropy() -> None:
+    x, z, cov = centred()
+    fit = Probing.of(x, z, cov, ridge=1e-3).without(torch.eye(len(cov), dtype=torch.float64)).fit()
+    share = torch.bincount(z).double() / len(z)
+    assert fit.loss == pytest.approx(float(-(share * share.log()).sum()), abs=1e-12)
+    assert float(fit.weights.abs().max()) == 0.0
+
+
+def test_fewer_rows_than_coordinates_are_fit_to_rounding() -> None:
+    x, z = planted(3, "n<d")
+    x = x - x.mean(0)
+    assert len(x) < x.shape[1]
+    fit = fit_logistic(x, z, x.T @ x / len(x), ridge=1e-4)
+    assert fit.gradient <= 1e-9
+    assert ((x @ fit.weights + fit.intercepts).argmax(1) == z).all()
+
+
+def test_a_looser_tolerance_costs_its_square_in_loss() -> None:
+    x, z, cov = centred()
+    exact = fit_logistic(x, z, cov, ridge=1e-3)
+    for tolerance in (1e-2, 1e-3, 1e-4):
+        fit = fit_logistic(x, z, cov, ridge=1e-3, tolerance=tolerance)
+        assert 1e-9 < fit.gradient <= tolerance
+        assert -1e-12 <= fit.loss - exact.loss <= 100 * tolerance**2
+
+
+def test_refuses_a_penalty_below_the_rounding_of_the_covariance() -> None:
+    x, z = planted(2, "rank-deficient")
+    x = x - x.mean(0)
+    with pytest.raises(InputError, match="vanishes"):
+        fit_logistic(x, z, x.T @ x / len(x) - 1e-12 * torch.eye(x.shape[1]).double(), ridge=1e-300)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -140,9 +142,8 @@ def test_affine_keeps_the_mean_and_linear_keeps_zero() -> None:
 
 
 @pytest.mark.parametrize("solver", [rlace, rlace_game])
-def test_no_concept_gives_the_identity_and_says_so(solver: object) -> None:
+def test_no_concept_gives_the_identity_and_says_so(solver: Callable[..., Any]) -> None:
     x, z = planted(2)
-    assert callable(solver)
     clean = leace(Moments.of(x, z))(x)
     with pytest.warns(NoConceptWarning, match="uncorrelated") as caught:
         result = solver(clean, z)

@@ -45,7 +45,10 @@ def check(m: AnyMoments) -> None:
                 f"{type(m).__name__}.{name} holds NaN or infinite values; check the activations it was made from."
             )
     if m.n < 2:
-        raise NotEnoughDataError(f"got {m.n:g} samples; needed at least 2.")
+        raise NotEnoughDataError(
+            f"got {m.n:g} samples; needed at least 2. Weights count rows: multiply weights that sum to 1 by the "
+            "number of rows."
+        )
     if bool(_constant(m.cov_zz.diagonal(), m.mean_z).all()):
         raise NotEnoughDataError(
             f"z is constant over all {m.n:g} samples (one class); needed at least two classes or values."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from repe_unlearn.errors import InputError
 
 _NEWTON_STEPS = 60
 _CG_STEPS = 200
+_INTERCEPT = math.sqrt(2)  # their curvature is at most 1/2, that of the other coordinates at most 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,10 +21,10 @@ class Logistic:
     """A softmax probe on k classes: ``logits = x @ weights + intercepts``; the columns of weights sum to zero.
 
     Attributes:
-        weights: ``[d, k]``, orthogonal to the basis that was projected away.
+        weights: ``[d, k]``, orthogonal to the directions that were taken away.
         intercepts: ``[k]``.
         loss: the minimum of the penalised cross-entropy, in nats.
-        pull: ``[d, k]`` gradient ``xᵀ (p - y)`` of the mean cross-entropy by the weights, before projection.
+        pull: ``[d, k]`` gradient ``xᵀ (p - y)`` of the mean cross-entropy by the weights, on all of x.
         gradient: norm of the gradient at the solution, in the preconditioned coordinates (a number without unit).
     """
 
@@ -42,151 +43,230 @@ def fit_logistic(
     ridge: float,
     basis: Tensor | None = None,
     weight: Tensor | None = None,
-    start: Tensor | None = None,
+    start: Logistic | None = None,
     tolerance: float = 1e-9,
 ) -> Logistic:
     """Return the best softmax probe on ``x (I - U Uᵀ)``: the minimum is unique, and is found to rounding.
 
-    Minimises ``Σ w CE(x W + b, z) + ridge/2 · (tr cov / d) · ‖W‖²`` over W with ``Uᵀ W = 0``, so that the rows
-    themselves never need to be projected. The softmax is parametrised by k - 1 contrasts (no redundant column).
-    The curvature is bounded by ``(I - UUᵀ) cov (I - UUᵀ) / 2`` (Böhning 1992); its Cholesky factor preconditions
-    truncated Newton steps (conjugate gradients inside, Armijo outside), after which tolerances have no unit.
+    For one probe; several on the same rows share the work of ``Probing.of``, whose arguments these are, as are those
+    of ``without`` (basis) and ``fit`` (start, tolerance).
+    """
+    probing = Probing.of(x, z, cov, ridge=ridge, weight=weight)
+    return (probing if basis is None else probing.without(basis)).fit(start=start, tolerance=tolerance)
 
-    Args:
-        x: ``[n, d]`` float64, centred near its mean (for conditioning only: there is an intercept).
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Probing:
+    """Rows on which softmax probes are to be fit, in coordinates ``W = L⁻ᵀ N θ`` whose curvature is at most 1.
+
+    The loss is ``Σ w CE(x W + b, z) + ridge/2 · (tr cov / d) · ‖W‖²``. The softmax is parametrised by k - 1 contrasts
+    (no redundant column). Its curvature is bounded by ``cov / 2`` (Böhning 1992); L is the Cholesky factor of that bound
+    with the penalty, so that tolerances have no unit. N is an orthonormal basis of what is still allowed: directions
+    are taken away by reflecting them into the last coordinates of ``rows`` and dropping those, which costs two thin
+    products instead of a new factorization, and leaves smaller rows.
+
+    Attributes:
+        x: ``[n, d]`` the rows as they came.
         z: ``[n]`` ids 0..k-1.
-        cov: ``[d, d]`` covariance of x, weighted like the rows or nearly so.
-        ridge: positive share of the mean variance.
-        basis: ``[d, r]`` orthonormal U; default none.
-        weight: ``[n]`` positive; default equal. Only proportions matter.
-        start: ``[d, k]`` weights to start from.
-        tolerance: of the gradient in the preconditioned coordinates, where its size is at most about 1. The loss
-            is then exact to about its square.
-
-    Raises:
-        InputError: ridge is not positive and finite.
+        share: ``[n]`` weights that sum to 1.
+        contrasts: ``[k - 1, k]`` orthonormal, each sums to 0.
+        lower: ``[d, d]`` L.
+        allowed: ``[d, m]`` N.
+        rows: ``[m, n]`` the rows in those coordinates, ``Nᵀ L⁻¹ xᵀ``.
+        penalty: ``[m, m]`` the curvature of the penalty in them.
 
     Reference:
         Böhning: Multinomial logistic regression algorithm, Ann. Inst. Statist. Math. 44, 1992.
     """
-    if not (math.isfinite(ridge) and ridge > 0):
-        raise InputError(f"got ridge={ridge!r}; needed a positive number, for example 1e-3.")
-    problem = _Problem.of(x, z, cov, ridge, basis, weight)
-    theta = problem.origin(start)
-    loss, p = problem.loss(theta)
-    gradient = problem.gradient(theta, p)
-    for _ in range(_NEWTON_STEPS):
-        size = float(gradient.norm())
-        if size <= tolerance:
-            break
-        step = _conjugate_gradients(
-            lambda s, p=p: problem.curvature(s, p), -gradient, min(0.1, math.sqrt(size))
-        )
-        slope = float((step * gradient).sum())
-        t, moved = 1.0, False
-        for _ in range(30):
-            new_loss, new_p = problem.loss(theta + t * step)
-            # At rounding level the loss cannot show progress any more; the gradient still can.
-            if new_loss <= loss + 1e-4 * t * slope + 4 * torch.finfo(x.dtype).eps * abs(loss):
-                theta, loss, p, moved = theta + t * step, new_loss, new_p, True
-                break
-            t /= 2
-        if not moved:
-            break
-        gradient = problem.gradient(theta, p)
-    weights, intercepts = problem.read(theta)
-    pull = x.T @ (problem.share[:, None] * (p - problem.target))
-    return Logistic(weights, intercepts, loss, pull, float(gradient.norm()))
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Problem:
-    """The penalised loss in coordinates theta [d + 1, k - 1], whitened by the bound on its curvature."""
 
     x: Tensor
     z: Tensor
-    target: Tensor  # [n, k] one-hot
-    share: Tensor  # [n] weights that sum to 1
-    contrasts: Tensor  # [k - 1, k] orthonormal, each sums to 0
-    basis: Tensor  # [d, r]
-    penalty: float
-    lower: Tensor  # [d, d] Cholesky factor of the bound
+    share: Tensor
+    contrasts: Tensor
+    lower: Tensor
+    allowed: Tensor
+    rows: Tensor
+    penalty: Tensor
 
     @classmethod
-    def of(
-        cls, x: Tensor, z: Tensor, cov: Tensor, ridge: float, basis: Tensor | None, weight: Tensor | None
-    ) -> _Problem:
-        n, d = x.shape
-        target = torch.nn.functional.one_hot(z).to(x)
-        k = target.shape[1]
+    def of(cls, x: Tensor, z: Tensor, cov: Tensor, *, ridge: float, weight: Tensor | None = None) -> Probing:
+        """Prepare the rows: one factorization, and one solve for all of them.
+
+        Args:
+            x: ``[n, d]`` float64, centred near its mean (for conditioning only: there is an intercept).
+            z: ``[n]`` ids 0..k-1.
+            cov: ``[d, d]`` covariance of x, weighted like the rows or nearly so.
+            ridge: positive share of the mean variance.
+            weight: ``[n]`` positive; default equal. Only proportions matter.
+
+        Raises:
+            InputError: ridge is not positive and finite, or too small to make the covariance regular.
+        """
+        if not (math.isfinite(ridge) and ridge > 0):
+            raise InputError(f"got ridge={ridge!r}; needed a positive number, for example 1e-3.")
+        (n, d), k = x.shape, int(z.max()) + 1
         share = x.new_full((n,), 1 / n) if weight is None else weight / weight.sum()
-        centring = torch.eye(k).to(x) - 1 / k
-        contrasts = torch.linalg.svd(centring).Vh[: k - 1]
-        basis = x.new_zeros(d, 0) if basis is None else basis
+        contrasts = torch.linalg.svd(torch.eye(k, dtype=x.dtype, device=x.device) - 1 / k).Vh[: k - 1]
         penalty = ridge * (float(cov.trace()) / d or 1.0)
-        half = cov - basis @ (basis.T @ cov)
-        bound = (half - (half @ basis) @ basis.T) / 2
-        bound = (bound + bound.T) / 2
+        bound = (cov + cov.T) / 4
         bound.diagonal().add_(penalty)
-        return cls(x, z, target, share, contrasts, basis, penalty, torch.linalg.cholesky(bound))
+        lower, info = torch.linalg.cholesky_ex(bound)
+        if int(info):
+            raise InputError(
+                f"got ridge={ridge!r}, which vanishes beside the rounding of the covariance of x ({n} rows, d={d}); "
+                "needed more, for example 1e-6."
+            )
+        eye = torch.eye(d, dtype=x.dtype, device=x.device)
+        inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+        rows = torch.linalg.solve_triangular(lower, x.T, upper=False)
+        return cls(x, z, share, contrasts, lower, eye, rows, penalty * inverse @ inverse.T)
 
-    def keep(self, w: Tensor) -> Tensor:
-        return w - self.basis @ (self.basis.T @ w)
+    def without(self, directions: Tensor) -> Probing:
+        """Return the same rows for probes that are orthogonal to independent directions ``[d, r]``."""
+        seen = self.allowed.T @ torch.linalg.solve_triangular(self.lower, directions, upper=False)
+        reflectors, tau = torch.geqrf(seen)
+        r = directions.shape[1]
 
-    def origin(self, start: Tensor | None) -> Tensor:
-        theta = self.x.new_zeros(self.x.shape[1] + 1, len(self.contrasts))
+        def rest(a: Tensor) -> Tensor:  # the reflected coordinates, without those that hold the directions
+            return torch.ormqr(reflectors, tau, a, left=True, transpose=True)[r:]
+
+        penalty = rest(rest(self.penalty).T)
+        return replace(self, allowed=rest(self.allowed.T).T, rows=rest(self.rows), penalty=penalty)
+
+    def fit(self, *, start: Logistic | None = None, tolerance: float = 1e-9) -> Logistic:
+        """Return the best probe, by truncated Newton steps: conjugate gradients inside, Armijo outside.
+
+        The curvature is applied in float32: it only shapes the steps. Loss and gradient, which decide where they end,
+        are float64.
+
+        Args:
+            start: a probe to start from; what is not allowed in its weights is dropped.
+            tolerance: of the gradient in the preconditioned coordinates, where its size is at most about 1. The loss
+                is then exact to about its square.
+        """
+        curvature = _Curvature.of(self)
+        theta = self.origin(start)
+        loss, p = self.loss(theta)
+        gradient = self.gradient(theta, p)
+        for _ in range(_NEWTON_STEPS):
+            size = float(gradient.norm())
+            if size <= tolerance:
+                break
+            step = size * curvature.solve(p, -gradient / size, min(0.1, math.sqrt(size)))
+            slope = float((step * gradient).sum())
+            t, moved = 1.0, False
+            for _ in range(30):
+                new_loss, new_p = self.loss(theta + t * step)
+                # At rounding level the loss cannot show progress any more; the gradient still can.
+                if new_loss <= loss + 1e-4 * t * slope + 4 * torch.finfo(theta.dtype).eps * abs(loss):
+                    theta, loss, p, moved = theta + t * step, new_loss, new_p, True
+                    break
+                t /= 2
+            if not moved:
+                break
+            gradient = self.gradient(theta, p)
+        weights = torch.linalg.solve_triangular(self.lower.T, self.allowed @ theta[:, :-1].T, upper=True)
+        return Logistic(
+            weights @ self.contrasts,
+            _INTERCEPT * theta[:, -1] @ self.contrasts,
+            loss,
+            (self.error(p) @ self.x).T,
+            float(gradient.norm()),
+        )
+
+    def origin(self, start: Logistic | None) -> Tensor:
+        """Return theta ``[k - 1, m + 1]`` of the start: weights of the contrasts, then their scaled intercepts."""
+        theta = self.rows.new_zeros(len(self.contrasts), len(self.rows) + 1)
         if start is not None:
-            theta[:-1] = self.lower.T @ (self.keep(start) @ self.contrasts.T)
+            theta[:, :-1] = self.contrasts @ (start.weights.T @ self.lower @ self.allowed)
+            theta[:, -1] = self.contrasts @ start.intercepts / _INTERCEPT
         return theta
 
-    def split(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights [d, k - 1] and intercepts [k - 1] of the contrasts."""
-        w = torch.linalg.solve_triangular(self.lower.T, theta[:-1], upper=True)
-        return self.keep(w), math.sqrt(2) * theta[-1]
-
-    def read(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        w, b = self.split(theta)
-        return w @ self.contrasts, b @ self.contrasts
-
-    def logits(self, w: Tensor, b: Tensor) -> Tensor:
-        return (self.x @ w + b) @ self.contrasts
-
     def loss(self, theta: Tensor) -> tuple[float, Tensor]:
-        w, b = self.split(theta)
-        log_p = torch.log_softmax(self.logits(w, b), dim=1)
-        fit = -(self.share * log_p.gather(1, self.z[:, None])[:, 0]).sum()
-        return float(fit + self.penalty / 2 * w.square().sum()), log_p.exp()
+        """Return the penalised loss and the probabilities ``[k, n]``."""
+        log_p = torch.log_softmax(self.contrasts.T @ _logits(self.rows, theta), dim=0)
+        fit = -(self.share * log_p.gather(0, self.z[None])[0]).sum()
+        w = theta[:, :-1]
+        return float(fit + (w * (w @ self.penalty)).sum() / 2), log_p.exp()
 
-    def back(self, w: Tensor, error: Tensor) -> Tensor:
-        """Pull a derivative by the logits [n, k], and that of the penalty, back to theta."""
-        error = self.share[:, None] * error @ self.contrasts.T
-        inner = self.keep((error.T @ self.x).T) + self.penalty * w
-        inner = torch.linalg.solve_triangular(self.lower, inner, upper=False)
-        return torch.cat([inner, math.sqrt(2) * error.sum(0, keepdim=True)])
+    def error(self, p: Tensor) -> Tensor:
+        """Return the derivative ``[k, n]`` of the cross-entropy by the logits."""
+        error = p * self.share
+        error[self.z, torch.arange(len(self.z), device=error.device)] -= self.share
+        return error
 
     def gradient(self, theta: Tensor, p: Tensor) -> Tensor:
-        return self.back(self.split(theta)[0], p - self.target)
-
-    def curvature(self, step: Tensor, p: Tensor) -> Tensor:
-        w, b = self.split(step)
-        change = self.logits(w, b)
-        return self.back(w, p * (change - (p * change).sum(1, keepdim=True)))
+        """Return the derivative ``[k - 1, m + 1]`` of the loss by theta."""
+        return _back(self.rows, self.penalty, theta, self.contrasts @ self.error(p))
 
 
-def _conjugate_gradients(apply: Callable[[Tensor], Tensor], b: Tensor, rtol: float) -> Tensor:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Curvature:
+    """The second derivative of the loss, in float32: it shapes the steps, but does not decide where they end."""
+
+    rows: Tensor
+    penalty: Tensor
+    contrasts: Tensor
+    share: Tensor
+
+    @classmethod
+    def of(cls, probing: Probing) -> _Curvature:
+        parts = (probing.rows, probing.penalty, probing.contrasts, probing.share)
+        return cls(*(part.float().contiguous() for part in parts))
+
+    def solve(self, p: Tensor, b: Tensor, rtol: float) -> Tensor:
+        """Return about ``H⁻¹ b`` at probabilities p ``[k, n]``.
+
+        The closer the probe is to certain, the flatter the loss, while the penalty stays: the preconditioner follows,
+        as if all rows were as certain as their mean.
+        """
+        p = p.float()
+        weighted = p * self.share
+        flat = float(2 * (weighted * (1 - p)).sum() / len(self.contrasts))  # 1: the bound; 0: certain
+        middle = (1 - flat) * self.penalty
+        middle.diagonal().add_(flat)
+        lower = torch.linalg.cholesky(middle)
+
+        def apply(step: Tensor) -> Tensor:
+            change = self.contrasts.T @ _logits(self.rows, step)
+            change -= (p * change).sum(0)
+            return _back(self.rows, self.penalty, step, self.contrasts @ change.mul_(weighted))
+
+        def precondition(residual: Tensor) -> Tensor:
+            inner = torch.cholesky_solve(residual[:, :-1].T, lower).T
+            return torch.cat([inner, residual[:, -1:] / flat], dim=1)
+
+        return _conjugate_gradients(apply, precondition, b.float(), rtol).to(b)
+
+
+def _logits(rows: Tensor, theta: Tensor) -> Tensor:
+    """Logits of the contrasts ``[k - 1, n]``: classes before rows, the layout in which thin products are fast."""
+    return theta[:, :-1] @ rows + _INTERCEPT * theta[:, -1:]
+
+
+def _back(rows: Tensor, penalty: Tensor, theta: Tensor, error: Tensor) -> Tensor:
+    """Pull a derivative by the logits of the contrasts, and that of the penalty, back to theta."""
+    inner = error @ rows.T + theta[:, :-1] @ penalty
+    return torch.cat([inner, _INTERCEPT * error.sum(1, keepdim=True)], dim=1)
+
+
+def _conjugate_gradients(
+    apply: Callable[[Tensor], Tensor], precondition: Callable[[Tensor], Tensor], b: Tensor, rtol: float
+) -> Tensor:
     """Return s with ``‖apply(s) - b‖ <= rtol ‖b‖``, or the best after a fixed number of steps."""
     s, residual = torch.zeros_like(b), b.clone()
-    direction, size = residual.clone(), float(b.square().sum())
-    goal = rtol * rtol * size
+    direction = precondition(residual)
+    size, goal = float((residual * direction).sum()), rtol * float(b.norm())
     for _ in range(_CG_STEPS):
-        if size <= goal:
-            break
         image = apply(direction)
         bend = float((direction * image).sum())
         if bend <= 0:  # rounding only: the curvature is positive
             break
         t = size / bend
         s, residual = s + t * direction, residual - t * image
-        new = float(residual.square().sum())
-        direction, size = residual + new / size * direction, new
+        if float(residual.norm()) <= goal:
+            break
+        closer = precondition(residual)
+        new = float((residual * closer).sum())
+        direction, size = closer + new / size * direction, new
     return s

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from repe_unlearn.errors import InputError, NonFiniteError, ShapeError
+from repe_unlearn.errors import FileFormatError, InputError, NonFiniteError, ShapeError
 from repe_unlearn.moments import Moments
+from repe_unlearn.tensorfile import read_tensors, write_tensors
 from repe_unlearn.thin_moments import ThinMoments
 
 from .linalg import check, concept_correlations
+
+_KIND = "oracle eraser"
+_VERSION = 1
+_TENSORS = ("coef", "mean_z")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +44,7 @@ class OracleEraser:
     mean_z: Tensor
 
     def __post_init__(self) -> None:
-        for name in ("coef", "mean_z"):
+        for name in _TENSORS:
             value = getattr(self, name)
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 raise ShapeError(f"OracleEraser.{name}: got {value!r}; needed a floating-point tensor.")
@@ -52,7 +58,7 @@ class OracleEraser:
             raise ShapeError(
                 f"OracleEraser: got coef {self.coef.dtype} and mean_z {self.mean_z.dtype}; needed one dtype."
             )
-        for name in ("coef", "mean_z"):
+        for name in _TENSORS:
             if not torch.isfinite(getattr(self, name)).all():
                 raise NonFiniteError(
                     f"OracleEraser.{name} holds NaN or infinite values; check the activations it was fit on."
@@ -98,6 +104,28 @@ class OracleEraser:
             coef=self.coef.to(device=device, dtype=dtype),
             mean_z=self.mean_z.to(device=device, dtype=dtype),
         )
+
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Write one safetensors file, atomically.
+
+        Raises:
+            OutputExistsError: the file exists and ``force`` is False.
+        """
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        return write_tensors(path, tensors, kind=_KIND, version=_VERSION, header={}, force=force)
+
+    @classmethod
+    def load(cls, path: str | Path) -> OracleEraser:
+        """Read what ``save`` wrote, bit by bit the same map.
+
+        Raises:
+            FileFormatError: truncated, foreign or newer file.
+        """
+        tensors, _ = read_tensors(path, kind=_KIND, version=_VERSION)
+        try:
+            return cls(*(tensors[name] for name in _TENSORS))
+        except (KeyError, InputError) as error:
+            raise FileFormatError(f"{path} is not a whole oracle eraser ({error}); save it again.") from error
 
     def _columns(self, z: Tensor, lead: torch.Size) -> Tensor:
         """Return the labels as columns [..., k]."""

@@ -5,18 +5,29 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from repe_unlearn.errors import InputError, NonFiniteError, NotEnoughDataError, NumericalWarning, ShapeError
+from repe_unlearn.errors import (
+    FileFormatError,
+    InputError,
+    NonFiniteError,
+    NotEnoughDataError,
+    NumericalWarning,
+    ShapeError,
+)
 from repe_unlearn.moments import Moments
+from repe_unlearn.tensorfile import read_tensors, write_tensors
 
 from .linalg import Shrinkage, scales, shrink
 from .subspace import check_x
 from .transport import barycenter
 
+_KIND = "quadratic eraser"
+_VERSION = 1
 _TENSORS = ("class_means", "mean", "maps")
 
 
@@ -126,6 +137,32 @@ class QuadraticEraser:
             self, **{name: getattr(self, name).to(device=device, dtype=dtype) for name in _TENSORS}
         )
 
+    def save(self, path: str | Path, *, force: bool = False) -> Path:
+        """Write one safetensors file, atomically.
+
+        Raises:
+            OutputExistsError: the file exists and ``force`` is False.
+        """
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        header = {"residual": self.residual, "gap": self.gap}
+        return write_tensors(path, tensors, kind=_KIND, version=_VERSION, header=header, force=force)
+
+    @classmethod
+    def load(cls, path: str | Path) -> QuadraticEraser:
+        """Read what ``save`` wrote, bit by bit the same map.
+
+        Raises:
+            FileFormatError: truncated, foreign or newer file.
+        """
+        tensors, header = read_tensors(path, kind=_KIND, version=_VERSION)
+        try:
+            means, mean, maps = (tensors[name] for name in _TENSORS)
+            return cls(means, mean, maps, float(header["residual"]), float(header["gap"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise FileFormatError(
+                f"{path} is not a whole quadratic eraser ({error}); save it again."
+            ) from error
+
     def __repr__(self) -> str:
         dtype = str(self.mean.dtype).removeprefix("torch.")
         return f"QuadraticEraser(d={self.dim}, k={self.k}, residual={self.residual:.0e}, {dtype})"
@@ -219,7 +256,7 @@ def quadratic(
     )
     maps = centre @ turns.mT @ reads
     if seen.shape[1] < len(std):
-        maps = maps + torch.eye(len(std)).to(std) - tall @ seen.T * (unit / std)
+        maps = maps + torch.eye(len(std), dtype=std.dtype, device=std.device) - tall @ seen.T * (unit / std)
     gap = _gap(maps @ factors, centre)
     return QuadraticEraser(means, mean, unit[:, None] * maps / unit, residual, gap)
 

@@ -42,6 +42,6 @@ def random(
     if not 0 <= rank <= m.d:
         raise InputError(f"got rank={rank}; needed 0 <= rank <= d = {m.d}.")
     generator = torch.Generator().manual_seed(seed)
-    basis, _ = torch.linalg.qr(torch.randn(m.d, rank, generator=generator, dtype=torch.float64))
+    basis, _ = torch.linalg.qr(torch.randn(m.d, rank, generator=generator, dtype=torch.float64, device="cpu"))
     basis = basis.to(m.mean_x.device)
     return Eraser(basis, basis.T, m.mean_x if affine else torch.zeros_like(m.mean_x))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,13 +14,18 @@ from repe_unlearn.eraser import Eraser
 from repe_unlearn.errors import InputError, NoConceptWarning
 
 from .linalg import correlation_factor, independent_columns, scales
-from .logistic import Logistic, fit_logistic
+from .logistic import Logistic, Probing
 from .mean_difference import mean_difference
 from .rows import Rows
 
 _MEMORY = 10
-_INNER = 1e-6  # of the adversary during the ascent; Danskin's gradient needs no more
+_INNER = (
+    1e-6,
+    1e-3,
+)  # tolerance of the adversary during the ascent: a thousandth of the slope, between these
 _FLAT = 1e-5  # of a gradient without a unit; the loss is then exact to about 1e-10
+
+Adversary: TypeAlias = Callable[[Tensor, Logistic | None, float], Logistic]  # of U, a start, the slope there
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,23 +142,22 @@ def rlace_game(
     closed = _closed(rows, rank, affine)
     if steps < 0:
         raise InputError(f"got steps={steps}; needed at least 0.")
-    centred = rows.x - m.mean_x
+    probing = Probing.of(rows.x - m.mean_x, rows.z, m.cov_xx, ridge=ridge)
 
-    def adversary(u: Tensor | None, start: Tensor | None = None) -> Logistic:
-        return fit_logistic(centred, rows.z, m.cov_xx, ridge=ridge, basis=u, start=start)
-
-    def roughly(u: Tensor, start: Tensor | None) -> Logistic:
-        return fit_logistic(centred, rows.z, m.cov_xx, ridge=ridge, basis=u, start=start, tolerance=_INNER)
+    def adversary(u: Tensor, start: Logistic | None, slope: float) -> Logistic:
+        # Danskin's gradient needs an adversary that is better than its distance from flat, and no more.
+        tolerance = min(max(1e-3 * slope, _INNER[0]), _INNER[1])
+        return probing.without(u).fit(start=start, tolerance=tolerance)
 
     ceiling = float(-(rows.share * rows.share.log()).sum())
-    whole = adversary(None)
+    whole = probing.fit()
     if closed is not None:
         return Game(closed, ceiling, ceiling, whole.loss, 0, 0.0)
     assert rank is not None
-    trials = [_ascend(u, roughly, steps // 3) for u in _starts(rows, whole.weights, rank)]
+    trials = [_ascend(u, adversary, steps // 3) for u in _starts(rows, whole.weights, rank)]
     u, _, used, _ = max(trials, key=lambda one: one[1].loss)
-    u, end, more, slope = _ascend(u, roughly, steps - used)
-    end = adversary(u, end.weights)
+    u, end, more, slope = _ascend(u, adversary, steps - used)
+    end = probing.without(u).fit(start=end)
     shift = m.mean_x if affine else torch.zeros_like(m.mean_x)
     return Game(Eraser(u, u.T, shift), end.loss, ceiling, whole.loss, used + more, slope)
 
@@ -187,11 +192,9 @@ def _starts(rows: Rows, weights: Tensor, rank: int) -> list[Tensor]:
     return [plain, moved, torch.linalg.svd(weights, full_matrices=False).U[:, :rank]]
 
 
-def _ascend(
-    u: Tensor, adversary: Callable[[Tensor, Tensor | None], Logistic], steps: int
-) -> tuple[Tensor, Logistic, int, float]:
+def _ascend(u: Tensor, adversary: Adversary, steps: int) -> tuple[Tensor, Logistic, int, float]:
     """Return U [d, r] and the adversary at a local maximum over subspaces, with the steps made and the slope."""
-    now = adversary(u, None)
+    now = adversary(u, None, 0.0)
     tangent = _gradient(u, now)
     memory: list[tuple[Tensor, Tensor]] = []
     used = 0
@@ -240,7 +243,7 @@ def _search(
     now: Logistic,
     tangent: Tensor,
     direction: Tensor,
-    adversary: Callable[[Tensor, Tensor | None], Logistic],
+    adversary: Adversary,
 ) -> tuple[Tensor, Logistic, Tensor] | None:
     """Halve the step until the loss rises enough (Armijo); None where it does not rise at all."""
     slope = float((tangent * direction).sum())
@@ -250,7 +253,7 @@ def _search(
     for _ in range(25):
         q, r = torch.linalg.qr(u + step)
         candidate = q * r.diagonal().sign()  # the basis turns with the subspace instead of flipping
-        after = adversary(candidate, now.weights)
+        after = adversary(candidate, now, float(tangent.norm()))
         if after.loss >= now.loss + 1e-4 * slope and slope > 0:
             return candidate, after, step
         step, slope = step / 2, slope / 2

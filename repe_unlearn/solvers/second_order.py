@@ -147,7 +147,7 @@ class _Spread:
         white = factor.solve(((rows.x - rows.moments.mean_x) / std_x).T).T
         y = white @ complement
         # The class means agree here to rounding; where a canonical correlation fell under the tolerance, exactly now.
-        sums = torch.zeros(rows.k, y.shape[1]).to(y).index_add_(0, rows.z, y)
+        sums = y.new_zeros(rows.k, y.shape[1]).index_add_(0, rows.z, y)
         y = y - (sums / rows.counts[:, None])[rows.z]
         return cls(y, complement, rows.share, y.T @ y / len(y))
 
@@ -170,6 +170,8 @@ class _Spread:
         if self.y.shape[1] == 0:
             return 0.0
         generator = torch.Generator().manual_seed(seed)
-        orders = [torch.randperm(len(z), generator=generator).to(z.device) for _ in range(draws)]
+        orders = [
+            torch.randperm(len(z), generator=generator, device="cpu").to(z.device) for _ in range(draws)
+        ]
         largest = torch.stack([torch.linalg.eigvalsh(self.differences(z[o]))[-1] for o in orders])
         return float(largest.mean() + 3 * largest.std())

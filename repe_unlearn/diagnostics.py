@@ -1,10 +1,11 @@
-"""Diagnostics: what an eraser does to rows that it has not seen."""
+"""Diagnostics: what an eraser does to the sample it was fit on, and to rows that it has not seen."""
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -13,13 +14,104 @@ from torch import Tensor
 from .eraser import Eraser
 from .errors import InputError, NotEnoughDataError, NumericalWarning, ShapeError
 from .moments import Moments
-from .solvers.linalg import correlation_factor, scales
+from .sites import Site
+from .solvers.linalg import AnyMoments, correlation_factor, scales
 
 _RESAMPLES = 1000
 _OUTLIER = 100.0
 _MOST = 0.5
 _BLOCK = 4_000_000  # numbers per block of permuted labels: 32 MB
 _CONSTANT = 1e-26  # (450 eps)²: a variance of this share of the mean square is rounding
+
+
+@dataclass(frozen=True, slots=True)
+class FitSummary:
+    """Numbers of one eraser on the moments that it was fit on; a plan keeps one per site.
+
+    Attributes:
+        n: total weight of the rows.
+        d: width of x.
+        rank: of the eraser.
+        effective_rank: ``(tr Σxx)² / tr Σxx²``, 1 to d: over how many directions the variance of x is spread. It
+            depends on the units of x.
+        energy: E‖r(x) - x‖² / E‖x - mean‖², the share of the variance that is moved (0 and up).
+        outlier: standard deviation of the widest coordinate over that of the median one.
+        widest: number of the widest coordinate.
+        residual: ``|P Σxz| / |Σxz|``, the share of the cross-covariance with the concept that is left.
+
+    Raises:
+        InputError: a value that is no finite number.
+    """
+
+    n: float
+    d: int
+    rank: int
+    effective_rank: float
+    energy: float
+    outlier: float
+    widest: int
+    residual: float
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise InputError(f"FitSummary.{each.name}: got {value!r}; needed a finite number.")
+
+
+def summarize(eraser: Eraser, m: AnyMoments) -> FitSummary:
+    """Return the numbers of an eraser on moments, in closed form: exact for the sample behind them, no rows needed.
+
+    Costs two passes over Σxx at most (with ``ThinMoments`` one product of the rows), little beside a solve.
+
+    Args:
+        eraser: of width d.
+        m: moments of x [d] and z [k]; usually those that the eraser was fit on.
+
+    Raises:
+        ShapeError: the widths differ.
+        InputError: moments so large that the numbers overflow.
+
+    Reference:
+        Effective rank: Bartlett, Long, Lugosi, Tsigler: Benign overfitting in linear regression, PNAS 2020,
+        arXiv 1906.11300, definition 3, R_0.
+
+    Example:
+        >>> from repe_unlearn.solvers import leace
+        >>> x = torch.tensor([[0.0, 1.0], [0.0, -1.0], [2.0, 1.0], [2.0, -1.0]])
+        >>> m = Moments.of(x, torch.tensor([0, 0, 1, 1]))
+        >>> found = summarize(leace(m), m)
+        >>> round(found.energy, 6), round(found.effective_rank, 6), found.rank
+        (0.5, 2.0, 1)
+    """
+    if eraser.dim != m.d:
+        raise ShapeError(f"got an eraser of width {eraser.dim} and moments of width {m.d}; needed the same.")
+    left, right = eraser.left.to(m.mean_x), eraser.right.to(m.mean_x)
+    if isinstance(m, Moments):
+        size, read = float(m.m_xx.norm()) / m.n, right @ m.m_xx @ right.T / m.n
+    else:
+        y = m.standardised(torch.ones_like(m.mean_x))
+        size = float((y @ y.T if len(y) < m.d else y.T @ y).norm())
+        read = (y @ right.T).T @ (y @ right.T)
+    offset = right @ (m.mean_x - eraser.shift.to(m.mean_x))
+    moved = float(((left.T @ left) * (read + torch.outer(offset, offset))).sum())
+    total = float(m.var_x.sum())
+    std, _ = scales(m)
+    moving = m.var_x > 0.5 * std.square()  # not constant to rounding
+    std = torch.where(moving, std, torch.zeros_like(std))
+    widest = int(std.argmax())
+    before = m.m_xz
+    after = before - left @ (right @ before)
+    return FitSummary(
+        n=m.n,
+        d=m.d,
+        rank=eraser.rank,
+        effective_rank=(total / size) ** 2 if size else 0.0,
+        energy=max(moved, 0.0) / total if total else 0.0,
+        outlier=float(std[widest] / std[moving].median()) if bool(moving.any()) else 1.0,
+        widest=widest,
+        residual=float(after.norm() / before.norm()) if eraser.rank and bool(before.any()) else 0.0,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +144,7 @@ class Diagnosis:
         clusters: number of clusters.
         d: width of x.
         rank: of the eraser.
-        effective_rank: exponential of the entropy of the spectrum of Σxx (1 to d; depends on the units of x).
-        energy: E‖r(x) - x‖² / E‖x - mean‖², the share of the variance that is moved (0 and up).
-        outlier: standard deviation of the widest coordinate over that of the median one.
+        effective_rank, energy, outlier, widest: as in ``FitSummary``, of these rows.
         before: the leak in x, the control: without one there is nothing to erase, or too few rows to see it.
         after: the leak in the erased x.
         warnings: what was also given as ``NumericalWarning``.
@@ -67,6 +157,7 @@ class Diagnosis:
     effective_rank: float
     energy: float
     outlier: float
+    widest: int
     before: Leak
     after: Leak
     warnings: tuple[str, ...]
@@ -122,7 +213,6 @@ def diagnose(
         InputError: permutations below 1.
 
     Reference:
-        Effective rank: Roy, Vetterli: The effective rank: a measure of effective dimensionality, EUSIPCO 2007.
         p-value: Phipson, Smyth: Permutation p-values should never be zero, 2010, arXiv 1603.05766.
 
     Example:
@@ -152,13 +242,8 @@ def diagnose(
                 "with each of at least two labels (or clusters with several labels)."
             )
     leaks = [_leak(t, level, values, cluster, halves, seed, permutations) for t in (rows, erased)]
-    centred = rows - m.mean_x
-    total = float(centred.square().sum())
-    energy = float((erased - rows).square().sum()) / total if total else 0.0
-    std = m.cov_xx.diagonal().sqrt()
-    median = float(std[std > 0].median()) if bool((std > 0).any()) else 1.0
-    outlier = float(std.max()) / median
-    found = _warnings(eraser, len(rows), energy, outlier, int(std.argmax()))
+    numbers = summarize(eraser, m)
+    found = tuple(text for _, text in found_weak(numbers).values())
     for text in found:
         warnings.warn(text, NumericalWarning, stacklevel=2)
     return Diagnosis(
@@ -166,9 +251,10 @@ def diagnose(
         clusters=int(cluster.max()) + 1,
         d=eraser.dim,
         rank=eraser.rank,
-        effective_rank=_effective_rank(centred),
-        energy=energy,
-        outlier=outlier,
+        effective_rank=numbers.effective_rank,
+        energy=numbers.energy,
+        outlier=numbers.outlier,
+        widest=numbers.widest,
         before=leaks[0],
         after=leaks[1],
         warnings=found,
@@ -187,38 +273,65 @@ def _tensor(value: Tensor | np.ndarray, name: str) -> Tensor:
     return torch.from_numpy(np.array(array))  # a copy: PyTorch has no read-only tensors and warns about them
 
 
-def _warnings(eraser: Eraser, n: int, energy: float, outlier: float, widest: int) -> tuple[str, ...]:
-    found = []
-    if eraser.rank == 0:
-        found.append(
-            "the eraser has rank 0 and changes nothing: its fitting rows held no linear trace of the concept. "
-            "Check labels and tokens, or fit at another site."
+def found_weak(numbers: FitSummary | Diagnosis) -> dict[str, tuple[float, str]]:
+    """Return what rests on weak numerics: kind of weakness -> how bad it is, and a text that says what to do."""
+    found = {}
+    if numbers.rank == 0:
+        found["rank"] = (
+            1.0,
+            (
+                "the eraser has rank 0 and changes nothing: its fitting rows held no linear trace of the concept. "
+                "Check labels and tokens, or fit at another site."
+            ),
         )
-    if energy > _MOST:
-        found.append(
-            f"the eraser moves {100 * energy:.0f} % of the variance: it takes much more than a concept. "
-            "Fit with shrinkage='olse' and more rows, and leave out attention sinks and special tokens."
+    if numbers.energy > _MOST:
+        found["energy"] = (
+            numbers.energy,
+            (
+                f"the eraser moves {100 * numbers.energy:.0f} % of the variance: the rows differ in little but the concept, or "
+                "it takes much more than that. Use more varied prompts, affine=True and shrinkage='olse', and leave out "
+                "attention sinks and special tokens."
+            ),
         )
-    if outlier > _OUTLIER:
-        found.append(
-            f"coordinate {widest} is {outlier:.0f} times as wide as the median one, so the shares of variance "
-            "here are about that coordinate alone. Leave out attention sinks and special tokens, or divide each "
-            "coordinate by its standard deviation."
+    if numbers.outlier > _OUTLIER:
+        found["outlier"] = (
+            numbers.outlier,
+            (
+                f"coordinate {numbers.widest} is {numbers.outlier:.0f} times as wide as the median one, so the shares of "
+                "variance here are about that coordinate alone. Leave out attention sinks and special tokens, or divide "
+                "each coordinate by its standard deviation."
+            ),
         )
-    if n < 2 * eraser.dim:
-        found.append(
-            f"{n} rows for d = {eraser.dim}: fewer than 2 d rows hardly determine a covariance, and a concept "
-            "can hide from the test. Use more prompts or more tokens of each."
+    if numbers.n < 2 * numbers.d:
+        found["rows"] = (
+            numbers.d / max(numbers.n, 1.0),
+            (
+                f"{numbers.n:g} rows for d = {numbers.d}: fewer than 2 d rows hardly determine a covariance, so neither an "
+                "eraser nor a test of it is sure to hold for other rows. Use more prompts or more tokens of each."
+            ),
         )
-    return tuple(found)
+    return found
 
 
-def _effective_rank(centred: Tensor) -> float:
-    # The smaller of the two Gram matrices has the same non-zero spectrum.
-    gram = centred.T @ centred if centred.shape[0] > centred.shape[1] else centred @ centred.T
-    spectrum = torch.linalg.eigvalsh(gram).clamp_min(0)
-    total = spectrum.sum()
-    return float(torch.special.entr(spectrum / total).sum().exp()) if bool(total > 0) else 0.0
+def warn_weak(
+    numbers: Mapping[Site, FitSummary | Diagnosis], *, skip: Iterable[str] = (), stacklevel: int = 3
+) -> None:
+    """Give one ``NumericalWarning`` per kind of weakness, with the number of sites and the worst of them.
+
+    Args:
+        numbers: of every site.
+        skip: kinds that are said elsewhere, see ``found_weak``.
+        stacklevel: of the warnings; 3 is the caller of the function that calls this one.
+    """
+    found = {site: found_weak(value) for site, value in numbers.items()}
+    for kind in dict.fromkeys(kind for kinds in found.values() for kind in kinds if kind not in skip):
+        hit = [site for site, kinds in found.items() if kind in kinds]
+        worst = max(hit, key=lambda site: found[site][kind][0])
+        where = f"at {len(hit)} of {len(found)} sites" + (
+            f", worst at {worst}" if len(hit) > 1 else f" ({worst})"
+        )
+        text = found[worst][kind][1]
+        warnings.warn(f"{where}: {text}" if len(found) > 1 else text, NumericalWarning, stacklevel=stacklevel)
 
 
 def _levels(z: Tensor, k: int) -> tuple[np.ndarray, Tensor]:

@@ -9,9 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .diagnostics import FitSummary, summarize, warn_weak
 from .eraser import Eraser
 from .errors import InputError, MissingDependencyError
 from .moments import Moments
+from .plan import gathered_warnings
+from .sites import Site
 from .solvers import leace
 
 try:
@@ -50,6 +53,8 @@ class ConceptEraser(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
     Attributes:
         eraser_: the ``Eraser`` that ``transform`` applies; after ``partial_fit`` solved when first needed.
+        diagnostics_: the ``FitSummary`` of that eraser: its rank, the share of the variance that it moves, how many
+            directions and how wide a coordinate the features have.
         moments_: the ``Moments`` of all rows so far.
         classes_: sorted class labels, None for a real concept; a list with one entry per column for 2-D y.
         n_features_in_: number of features d.
@@ -97,13 +102,17 @@ class ConceptEraser(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
             ValueError: wrong shapes, NaN or infinity (raised by scikit-learn).
             NotEnoughDataError: one class, or a concept that is the same everywhere.
             InputError: unknown solver, or options that the solver does not take.
+
+        Warns:
+            NumericalWarning: an eraser of rank 0, one that moves more than half of the variance, a feature more
+                than 100 times as wide as the median one, fewer than 2 d rows.
         """
         solve = self._chosen()
         X, y = _checked(self, X, y, reset=True, ensure_min_samples=2)
         classes = _classes(y)
         moments = self._moments(X, y, sample_weight, classes)
-        eraser = solve(moments)
-        self.moments_, self._eraser, self.classes_ = moments, eraser, classes
+        solved = _solved(solve, moments)
+        self.moments_, self._fit, self.classes_ = moments, solved, classes
         return self
 
     def partial_fit(
@@ -131,7 +140,7 @@ class ConceptEraser(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         known = _given(y, classes) if first else self.classes_
         batch = self._moments(X, y, sample_weight, known)
         moments = batch if first else self.moments_ + batch
-        self.moments_, self._eraser, self.classes_ = moments, None, known
+        self.moments_, self._fit, self.classes_ = moments, None, known
         return self
 
     @property
@@ -141,11 +150,19 @@ class ConceptEraser(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         Raises:
             NotEnoughDataError: the batches so far hold one class only.
         """
+        return self._current()[0]
+
+    @property
+    def diagnostics_(self) -> FitSummary:
+        """The ``FitSummary`` of ``eraser_`` on all rows so far; raises as ``eraser_``."""
+        return self._current()[1]
+
+    def _current(self) -> tuple[Eraser, FitSummary]:
         if not hasattr(self, "moments_"):
             raise AttributeError("not fitted yet: call fit or partial_fit first.")
-        if self._eraser is None:
-            self._eraser = self._chosen()(self.moments_)
-        return self._eraser
+        if self._fit is None:
+            self._fit = _solved(self._chosen(), self.moments_)
+        return self._fit
 
     def transform(self, X: Any) -> Any:
         """Return X without the concept, same shape and floating dtype (integers become float64).
@@ -195,6 +212,14 @@ class ConceptEraser(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         assert tags.transformer_tags is not None
         tags.transformer_tags.preserves_dtype = ["float64", "float32", "float16"]
         return tags
+
+
+def _solved(solve: Callable[[Moments], Eraser], moments: Moments) -> tuple[Eraser, FitSummary]:
+    with gathered_warnings() as said:
+        eraser = solve(moments)
+    numbers = summarize(eraser, moments)
+    warn_weak({Site("features"): numbers}, skip=said, stacklevel=4)
+    return eraser, numbers
 
 
 def _checked(

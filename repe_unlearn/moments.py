@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .errors import FileFormatError, InputError, NotEnoughDataError, ShapeError
+from .errors import FileFormatError, InputError, ModelMismatchError, NotEnoughDataError, ShapeError
 from .rows import checked_rows
 from .tensorfile import read_tensors, write_tensors
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _KIND = "moments"
 _VERSION = 1
 _BLOCK_ROWS = 512
+_STRIP = 256  # columns per product; narrower ones do less and run slower
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,7 +72,8 @@ class Moments:
                 reals / one-hot.
             classes: number of classes k for integer ids; default ``z.max() + 1``. Give it when batches may
                 lack a class.
-            weight: ``[...]`` non-negative sample weights; default 1.
+            weight: ``[...]`` non-negative sample weights; default 1. They count rows (2 is the row twice, 0 is a
+                row that is not there, whatever it holds), so weights of mean 1 keep n the number of rows.
             mask: ``[...]`` True where a sample counts; default everywhere.
 
         Raises:
@@ -145,6 +148,7 @@ class Moments:
 
     def _combine(self, other: Moments, sign: float) -> Moments:
         require_same_widths((self.d, self.k), (other.d, other.k))
+        other = other.to(self.mean_x.device)
         n = self.n + sign * other.n
         if abs(n) <= 1e-12 * self.n:
             n = 0.0  # fractional weights do not cancel exactly
@@ -188,20 +192,13 @@ class Moments:
         """
         import torch.distributed as dist
 
-        if not (dist.is_available() and dist.is_initialized()):
-            raise InputError(
-                "got no process group; needed one before all_reduce. Start with torchrun and call "
-                "torch.distributed.init_process_group() first."
-            )
+        require_process_group()
         # The largest and, negated, the smallest width: all ranks learn of a mismatch, and none is left waiting.
         widths = torch.tensor([self.d, self.k, -self.d, -self.k], device=self.mean_x.device)
         dist.all_reduce(widths, dist.ReduceOp.MAX, group=group)
         if (widths[:2] + widths[2:]).any():
-            raise ShapeError(
-                f"got moments of width (d={self.d}, k={self.k}) on this rank and others elsewhere (d from "
-                f"{-int(widths[2])} to {int(widths[0])}, k from {-int(widths[3])} to {int(widths[1])}); "
-                "needed the same on every rank. Give classes= where a rank may lack a class."
-            )
+            (d_high, k_high), (d_low, k_low) = widths[:2].tolist(), (-widths[2:]).tolist()
+            raise ranks_differ((self.d, self.k), (d_low, d_high), (k_low, k_high))
         joint = torch.cat([self.mean_x, self.mean_z])
         first = torch.cat([joint.new_tensor([self.n]), joint * self.n])
         dist.all_reduce(first, group=group)
@@ -224,23 +221,35 @@ class Moments:
         tensors = (self.mean_x, self.mean_z, self.m_xx, self.m_xz, self.m_zz)
         return Moments(self.n, *(t.to(device) for t in tensors))
 
-    def save(self, path: str | Path, *, force: bool = False) -> Path:
+    def save(self, path: str | Path, *, fingerprint: str | None = None, force: bool = False) -> Path:
         """Write one safetensors file, atomically.
+
+        Args:
+            path: of the new file.
+            fingerprint: of the model that was captured (``fingerprint(model)``), to be asked for by ``load``.
+            force: replace an existing file.
 
         Raises:
             OutputExistsError: the file exists and ``force`` is False.
         """
         tensors = {name: getattr(self, name) for name in ("mean_x", "mean_z", "m_xx", "m_xz", "m_zz")}
-        return write_tensors(path, tensors, kind=_KIND, version=_VERSION, header={"n": self.n}, force=force)
+        header = {"n": self.n, "fingerprint": fingerprint}
+        return write_tensors(path, tensors, kind=_KIND, version=_VERSION, header=header, force=force)
 
     @classmethod
-    def load(cls, path: str | Path) -> Moments:
+    def load(cls, path: str | Path, *, fingerprint: str | None = None) -> Moments:
         """Read what ``save`` wrote.
+
+        Args:
+            path: of the file.
+            fingerprint: of the model that the moments have to be of; default any.
 
         Raises:
             FileFormatError: truncated, foreign or newer file.
+            ModelMismatchError: the file was saved with another fingerprint, or with none.
         """
         tensors, header = read_tensors(path, kind=_KIND, version=_VERSION)
+        require_fingerprint(path, header, fingerprint)
         try:
             return cls(
                 float(header["n"]), *(tensors[name] for name in ("mean_x", "mean_z", "m_xx", "m_xz", "m_zz"))
@@ -270,6 +279,43 @@ def require_same_widths(a: tuple[int, int], b: tuple[int, int]) -> None:
         )
 
 
+def require_fingerprint(path: str | Path, header: Mapping[str, object], wanted: str | None) -> None:
+    """Refuse a file of statistics that were not captured from the wanted model; None takes any.
+
+    Raises:
+        ModelMismatchError: the header holds another fingerprint, or none.
+    """
+    found = header.get("fingerprint")
+    if wanted is not None and found != wanted:
+        raise ModelMismatchError(
+            f"{path} was saved with fingerprint {found}; needed {wanted}. Load the model that was captured, or "
+            "capture again and save with fingerprint=fingerprint(model)."
+        )
+
+
+def require_process_group() -> None:
+    """Refuse to reduce over ranks where there are none.
+
+    Raises:
+        InputError: ``torch.distributed`` is not initialised.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        raise InputError(
+            "got no process group; needed one before all_reduce. Start with torchrun and call "
+            "torch.distributed.init_process_group() first."
+        )
+
+
+def ranks_differ(own: tuple[int, int], d: tuple[int, int], k: tuple[int, int]) -> ShapeError:
+    """Return the error for ranks that hold statistics of several widths: own (d, k), and lowest and highest."""
+    return ShapeError(
+        f"got moments of width (d={own[0]}, k={own[1]}) on this rank and others elsewhere (d from {d[0]} to {d[1]}, "
+        f"k from {k[0]} to {k[1]}); needed the same on every rank. Give classes= where a rank may lack a class."
+    )
+
+
 class Accumulator:
     """Adds batches in place, at about the cost of one matrix product each; ``moments()`` gives the value.
 
@@ -295,7 +341,17 @@ class Accumulator:
         Moments(n=30, d=4, k=2)
     """
 
-    __slots__ = ("_block", "_filled", "_n", "_reference", "_sums", "_widths", "classes", "product")
+    __slots__ = (
+        "_block",
+        "_filled",
+        "_n",
+        "_reference",
+        "_sums",
+        "_weights",
+        "_widths",
+        "classes",
+        "product",
+    )
 
     def __init__(self, classes: int | None = None, *, product: torch.dtype = torch.float64) -> None:
         if product not in (torch.float64, torch.float32):
@@ -303,21 +359,32 @@ class Accumulator:
         self.classes = classes
         self.product = product
         self._widths: tuple[int, int] | None = None
-        self._n = 0
+        self._n = 0.0
         self._block: Tensor | None = None  # [512, at least d + k]; rows below _filled wait for the product
+        self._weights: Tensor | None = None  # [512], of the rows of the block; None as long as all are 1
         self._filled = 0
         self._reference: Tensor | None = None  # [d + k]
         self._sums: tuple[Tensor, Tensor, Tensor] | None = None  # of rows, of x with rows, of z with z
 
-    def add(self, x: Tensor, z: Tensor) -> None:
+    def add(self, x: Tensor, z: Tensor, weight: Tensor | None = None, *, check: bool = True) -> None:
         """Add rows ``x`` [n, d] with labels ``z`` [n] or [n, k]; same checks as ``Moments.of``.
 
         A refused batch leaves the sums as they were; later changes of the caller's tensors do not matter.
 
+        Args:
+            x: as ``Moments.of``.
+            z: as ``Moments.of``.
+            weight: ``[n]`` non-negative sample weights; default 1. Batches with and without may alternate.
+            check: look for NaN, infinity and bad class ids. A look makes a GPU wait; without it the caller vouches
+                for x [n, d], z [n, k] (no ids) and weight [n], all finite.
+
         Raises:
             ShapeError: also when d or k differs from earlier batches.
         """
-        rows, targets, _ = checked_rows(x, z, self.classes, None, None, widen=False)
+        if check:
+            rows, targets, weights = checked_rows(x, z, self.classes, weight, None, widen=False)
+        else:
+            rows, targets, weights = x.detach(), z.detach(), weight
         if rows.shape[0] == 0:
             return
         widths = (rows.shape[1], targets.shape[1])
@@ -332,12 +399,18 @@ class Accumulator:
             # Rows that start at a multiple of 64 bytes: the product is up to 10 % faster.
             padded = -(-width // 8) * 8
             self._block = torch.empty(_BLOCK_ROWS, padded, dtype=torch.float64, device=rows.device)
+        if weights is not None and self._weights is None:
+            self._weights = self._block.new_ones(_BLOCK_ROWS)
         start = 0
         while start < rows.shape[0]:
             count = min(_BLOCK_ROWS - self._filled, rows.shape[0] - start)
             into = self._block[self._filled : self._filled + count, :width]
             into[:, :d].copy_(rows[start : start + count])
             into[:, d:].copy_(targets[start : start + count])
+            if self._weights is not None:
+                self._weights[self._filled : self._filled + count] = (
+                    1.0 if weights is None else weights[start : start + count]
+                )
             self._filled += count
             start += count
             if self._filled == _BLOCK_ROWS:
@@ -348,21 +421,64 @@ class Accumulator:
             return
         d, width = self._widths[0], sum(self._widths)
         joint = self._block[: self._filled, :width]
+        weights = None if self._weights is None else self._weights[: self._filled]
         if self._reference is None or self._sums is None:
             self._reference = joint.mean(0)
             zeros = joint.new_zeros
             self._sums = (zeros(width), zeros(d, width), zeros(width - d, width - d))
         joint.sub_(self._reference)
+        roots = None if weights is None else weights.sqrt()
+        if roots is not None:
+            joint.mul_(roots[:, None])
         total, cross, zz = self._sums
-        if self.product == torch.float64:
-            cross.addmm_(joint[:, :d].T, joint)
-        else:
+        if self.product != torch.float64:
             joint = joint.to(self.product)
-            cross += joint[:, :d].T @ joint
-        total += joint.sum(0, dtype=torch.float64)
+        # The product is symmetric: strips from the diagonal on are about half of it; ``moments`` mirrors them.
+        for start in range(0, d, _STRIP):
+            stop = min(start + _STRIP, d)
+            into, left, right = cross[start:stop, start:], joint[:, start:stop].T, joint[:, start:]
+            if self.product == torch.float64:
+                into.addmm_(left, right)
+            else:
+                into += left @ right
+        total += joint.sum(0, dtype=torch.float64) if roots is None else roots @ joint.to(torch.float64)
         zz.addmm_(joint[:, d:].T.to(torch.float64), joint[:, d:].to(torch.float64))
-        self._n += self._filled
+        self._n += self._filled if weights is None else float(weights.sum())
         self._filled = 0
+
+    def state(self) -> dict[str, Tensor]:
+        """Return tensors from which ``restore`` goes on as if nothing had happened, to the last bit."""
+        if self._widths is None or self._block is None:
+            return {}
+        tensors = {
+            "widths": torch.tensor(self._widths),
+            "n": torch.tensor(self._n, dtype=torch.float64),
+            "rows": self._block[: self._filled, : sum(self._widths)],
+        }
+        if self._weights is not None:
+            tensors["weights"] = self._weights[: self._filled]
+        if self._reference is not None and self._sums is not None:
+            names = ("reference", "total", "cross", "zz")
+            tensors |= dict(zip(names, (self._reference, *self._sums), strict=True))
+        return tensors
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what ``state`` returned; the sums go on, on the device of the given tensors."""
+        if not state:
+            return
+        rows, sums = state["rows"], ("total", "cross", "zz")
+        d, k = state["widths"].tolist()
+        self._widths, self._n, self._filled = (d, k), float(state["n"]), rows.shape[0]
+        self._block = rows.new_empty(_BLOCK_ROWS, -(-(d + k) // 8) * 8)
+        self._block[: self._filled, : d + k] = rows
+        if "weights" in state:
+            self._weights = rows.new_ones(_BLOCK_ROWS)
+            self._weights[: self._filled] = state["weights"]
+        if "reference" in state:
+            # Copies: the sums are added to in place.
+            self._reference = state["reference"].clone()
+            total, cross, zz = (state[name].clone() for name in sums)
+            self._sums = (total, cross, zz)
 
     def moments(self) -> Moments:
         """Return the moments of everything added so far.
@@ -376,10 +492,12 @@ class Accumulator:
                 "no activation reached this site; check the token selection and the prompts."
             )
         total, cross, zz = self._sums
-        d, n = cross.shape[0], float(self._n)
+        d, n = cross.shape[0], self._n
         offset = total / n
         mean = self._reference + offset
-        m_xx = cross[:, :d] - n * torch.outer(offset[:d], offset[:d])
+        m_xx = torch.triu(cross[:, :d])
+        m_xx += torch.triu(m_xx, 1).T
+        m_xx.addr_(offset[:d], offset[:d], alpha=-n)
         m_xz = cross[:, d:] - n * torch.outer(offset[:d], offset[d:])
         m_zz = zz - n * torch.outer(offset[d:], offset[d:])
         return Moments(n, mean[:d].clone(), mean[d:].clone(), m_xx, m_xz, m_zz)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
 from torch import nn
 from tqdm.auto import tqdm
 
+from .diagnostics import FitSummary, summarize, warn_weak
 from .eraser import Eraser
 from .errors import (
     FileFormatError,
@@ -39,9 +40,10 @@ class ErasurePlan:
         erasers: at least one site.
         fingerprint: of the model (``fingerprint(model)``); a model with another one is refused.
         provenance: free text facts (solver, concept, number of prompts, versions) that travel with the file.
+        diagnostics: numbers of the fit at each site (rank, energy, outliers ...), as far as they are known.
 
     Raises:
-        InputError: no eraser.
+        InputError: no eraser, or diagnostics of a site without one.
 
     Example:
         >>> import torch
@@ -54,14 +56,19 @@ class ErasurePlan:
     erasers: Mapping[Site, Eraser]
     fingerprint: str
     provenance: Mapping[str, str] = field(default_factory=dict)
+    diagnostics: Mapping[Site, FitSummary] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.erasers:
             raise InputError("got a plan without erasers; needed at least one site.")
         object.__setattr__(self, "erasers", MappingProxyType(dict(self.erasers)))
+        stray = [str(site) for site in self.diagnostics if site not in self.erasers]
+        if stray:
+            raise InputError(f"got diagnostics of {stray[0]}, where the plan has no eraser.")
         object.__setattr__(
             self, "provenance", MappingProxyType({k: str(v) for k, v in self.provenance.items()})
         )
+        object.__setattr__(self, "diagnostics", MappingProxyType(dict(self.diagnostics)))
 
     def __len__(self) -> int:
         return len(self.erasers)
@@ -86,9 +93,9 @@ class ErasurePlan:
             ModelMismatchError: other fingerprint.
             UnknownSiteError: a site names no module.
         """
+        found = fingerprint(model)  # first: it says why a wrapped model has other names
         for site in self.erasers:
             site.module(model)
-        found = fingerprint(model)
         if found != self.fingerprint:
             raise ModelMismatchError(
                 f"the plan was fit on a model with fingerprint {self.fingerprint}; this one has {found}. "
@@ -96,8 +103,9 @@ class ErasurePlan:
             )
 
     def replace(self, erasers: Mapping[Site, Eraser]) -> ErasurePlan:
-        """Return a plan for the same model with other erasers."""
-        return ErasurePlan(erasers, self.fingerprint, self.provenance)
+        """Return a plan for the same model with other erasers; diagnostics stay with those that are not replaced."""
+        kept = {s: v for s, v in self.diagnostics.items() if erasers.get(s) is self.erasers[s]}
+        return ErasurePlan(erasers, self.fingerprint, self.provenance, kept)
 
     def save(self, path: str | Path, *, force: bool = False) -> Path:
         """Write one safetensors file, atomically.
@@ -114,6 +122,7 @@ class ErasurePlan:
             "sites": [str(site) for site in self.erasers],
             "fingerprint": self.fingerprint,
             "provenance": dict(self.provenance),
+            "diagnostics": {str(site): asdict(numbers) for site, numbers in self.diagnostics.items()},
         }
         return write_tensors(path, tensors, kind=_KIND, version=_VERSION, header=header, force=force)
 
@@ -130,24 +139,37 @@ class ErasurePlan:
                 Site.parse(site): Eraser(*(tensors[f"{i}.{name}"] for name in ("left", "right", "shift")))
                 for i, site in enumerate(header["sites"])
             }
-            return cls(erasers, header["fingerprint"], header["provenance"])
+            # Files of 0.1.0 have none.
+            numbers = header.get("diagnostics", {}).items()
+            diagnostics = {Site.parse(site): FitSummary(**record) for site, record in numbers}
+            return cls(erasers, header["fingerprint"], header["provenance"], diagnostics)
         except (KeyError, TypeError, AttributeError, InputError) as error:
             raise FileFormatError(f"{path} is not a whole plan ({error}); save it again.") from error
 
     def __repr__(self) -> str:
         concept = self.provenance.get("concept", "?")
-        facts = f"{len(self)} sites, rank<={self.rank}, concept={concept!r}, model={self.fingerprint}"
+        most = max((numbers.energy for numbers in self.diagnostics.values()), default=None)
+        moves = "" if most is None else f", moves<={100 * most:.2g}% of the variance"
+        facts = f"{len(self)} sites, rank<={self.rank}{moves}, concept={concept!r}, model={self.fingerprint}"
         return f"ErasurePlan({facts})"
 
     def _repr_html_(self) -> str:
         from html import escape
 
+        def numbers(site: Site) -> str:
+            found = self.diagnostics.get(site)
+            if found is None:
+                return "<td></td>" * 3
+            return (
+                f"<td>{found.energy:.2%}</td><td>{found.effective_rank:.1f}</td><td>{found.outlier:.3g}</td>"
+            )
+
         rows = "".join(
-            f"<tr><td>{escape(str(s))}</td><td>{e.rank}</td><td>{e.dim}</td></tr>"
+            f"<tr><td>{escape(str(s))}</td><td>{e.rank}</td><td>{e.dim}</td>{numbers(s)}</tr>"
             for s, e in list(self.erasers.items())[:8]
         )
-        more = f"<tr><td colspan=3>… and {len(self) - 8} more</td></tr>" if len(self) > 8 else ""
-        head = "<tr><th>site</th><th>rank</th><th>d</th></tr>"
+        more = f"<tr><td colspan=6>… and {len(self) - 8} more</td></tr>" if len(self) > 8 else ""
+        head = "<tr><th>site</th><th>rank</th><th>d</th><th>variance moved</th><th>effective rank</th><th>widest / median std</th></tr>"
         return f"<b>{escape(repr(self))}</b><table>{head}{rows}{more}</table>"
 
 
@@ -177,6 +199,10 @@ def solve(
     Raises:
         InputError: neither model nor fingerprint is given.
         whatever the solver raises.
+
+    Warns:
+        NumericalWarning: once per kind, over all sites: an eraser of rank 0, one that moves more than half of the
+            variance, a coordinate more than 100 times as wide as the median one, fewer than 2 d rows.
     """
     print_ = fingerprint or (None if model is None else _fingerprint(model))
     if print_ is None:
@@ -184,18 +210,17 @@ def solve(
             "solve needs the model or its fingerprint, so that the plan can refuse another model."
         )
     bar = tqdm(moments.items(), desc="solve", unit="site", disable=not progress, leave=False)
-    with gathered_warnings():
+    with gathered_warnings() as said:
         erasers = {site: named_solve(site, m, solver) for site, m in bar}
-    worst = max((residual(erasers[site], m) for site, m in moments.items()), default=0.0)
-    facts = {"solver": solver_name(solver), "residual": f"{worst:.1e}", **(provenance or {})}
-    return ErasurePlan(erasers, print_, facts)
+    diagnostics = {site: summarize(erasers[site], m) for site, m in moments.items()}
+    warn_weak(diagnostics, skip=said)
+    facts = {"solver": solver_name(solver), "residual": worst_residual(diagnostics), **(provenance or {})}
+    return ErasurePlan(erasers, print_, facts, diagnostics)
 
 
-def residual(eraser: Eraser, m: Moments) -> float:
-    """Return ``|P Σxz| / |Σxz|``, the share of the cross-covariance that is left (0 if there was none)."""
-    before = m.m_xz
-    after = before - eraser.left.to(before) @ (eraser.right.to(before) @ before)
-    return float(after.norm() / before.norm()) if eraser.rank and bool(before.any()) else 0.0
+def worst_residual(diagnostics: Mapping[Site, FitSummary]) -> str:
+    """Return the largest share of the cross-covariance that is left at any site, as text for the provenance."""
+    return f"{max((numbers.residual for numbers in diagnostics.values()), default=0.0):.1e}"
 
 
 _fingerprint = fingerprint  # the keyword argument of ``solve`` hides the function's name
@@ -220,12 +245,18 @@ def solver_name(solver: Solver) -> str:
 
 
 class gathered_warnings:  # a context manager that reads like a verb
-    """Say once, with a count, what many sites would each warn about."""
+    """Say once, with a count, what many sites would each warn about.
 
-    def __enter__(self) -> None:
+    The value of ``with`` is a set of what ``warn_weak`` need not repeat afterwards: ``"rank"`` once a solver has said
+    that an eraser is the identity.
+    """
+
+    def __enter__(self) -> set[str]:
         self._catch = warnings.catch_warnings(record=True)
         self._caught = self._catch.__enter__()
+        self._said: set[str] = set()
         warnings.simplefilter("always")
+        return self._said
 
     def __exit__(self, *exc: object) -> None:
         self._catch.__exit__(None, None, None)
@@ -235,6 +266,8 @@ class gathered_warnings:  # a context manager that reads like a verb
                 counts.setdefault(w.category, []).append(str(w.message))
             else:
                 warnings.warn_explicit(w.message, w.category, w.filename, w.lineno)
+        if NoConceptWarning in counts:
+            self._said.add("rank")
         for category, texts in counts.items():
             more = f" (and {len(texts) - 1} more sites alike)" if len(texts) > 1 else ""
             warnings.warn(texts[0] + more, category, stacklevel=3)

@@ -24,7 +24,7 @@ def checked_rows(
         x: ``[..., d]``.
         z: ``[...]`` ids or reals, or ``[..., k]``.
         classes: number of classes for ids.
-        weight: ``[...]`` or None.
+        weight: ``[...]`` or None. Rows of weight 0 are left out, like those that the mask hides.
         mask: ``[...]`` or None.
         widen: convert x to float64; otherwise it keeps its dtype and, where it can, its memory.
 
@@ -54,8 +54,10 @@ def checked_rows(
             raise InputError(
                 "got a negative sample weight; needed weights >= 0 (use '-' on Moments to take samples out)."
             )
-    if mask is not None:
-        keep = _flat(mask, lead, "mask").to(rows.device, torch.bool)
+    keep = None if mask is None else _flat(mask, lead, "mask").to(rows.device, torch.bool)
+    if weights is not None and bool((weights == 0).any()):
+        keep = weights != 0 if keep is None else keep & (weights != 0)
+    if keep is not None:
         rows, labels = rows[keep], labels[keep]
         weights = weights[keep] if weights is not None else None
     # After the mask, so that an ignored position may hold any label (-100 is common).

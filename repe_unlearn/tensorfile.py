@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import safetensors
@@ -50,8 +50,10 @@ def write_tensors(
     return path
 
 
-def read_tensors(path: str | Path, *, kind: str, version: int) -> tuple[dict[str, Tensor], dict]:
-    """Return the tensors and the header of a file that ``write_tensors`` made.
+def read_tensors(
+    path: str | Path, *, kind: str, version: int, names: Iterable[str] | None = None
+) -> tuple[dict[str, Tensor], dict]:
+    """Return the tensors (all, or those named) and the header of a file that ``write_tensors`` made.
 
     Raises:
         FileFormatError: missing, truncated, foreign, of another kind or of a newer version.
@@ -62,7 +64,8 @@ def read_tensors(path: str | Path, *, kind: str, version: int) -> tuple[dict[str
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a mapping
+            wanted = file.keys() if names is None else names
+            tensors = {name: file.get_tensor(name) for name in wanted}
     except (safetensors.SafetensorError, OSError, ValueError) as error:
         raise FileFormatError(
             f"{path} is not a whole safetensors file ({error}); write or copy it again."

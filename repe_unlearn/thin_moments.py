@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .errors import InputError, NotEnoughDataError
-from .moments import Moments, require_same_widths
+from .errors import FileFormatError, InputError, NotEnoughDataError, ShapeError
+from .moments import (
+    Moments,
+    ranks_differ,
+    require_fingerprint,
+    require_process_group,
+    require_same_widths,
+)
 from .rows import checked_rows
+from .tensorfile import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_KIND = "thin moments"
+_VERSION = 1
+_TENSORS = ("x", "z", "weight")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_ROUNDING = 1e-12  # of fractional weights, when rows are taken out again
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,7 +40,7 @@ class ThinMoments:
     ``dense()``, to rounding; n = 512 rows of width d = 8192 need 34 MB and a second where the d x d way
     needs gigabytes and a minute. It also has what ``Moments`` cannot have, because no fourth moment follows
     from second ones: ``shrinkage="ledoit_wolf"``. The rows are kept, so memory grows with every sample and
-    whoever holds the value holds the activations. There is no file format.
+    whoever holds the value, or its file, holds the activations.
 
     Make it with ``of``; the other fields follow from the first three.
 
@@ -53,12 +73,9 @@ class ThinMoments:
 
     def __post_init__(self) -> None:
         n = float(self.weight.sum())
-        if self.x.shape[0] == 0 or n <= 0:
-            raise NotEnoughDataError(
-                f"got x {tuple(self.x.shape)} with no sample left after mask and weights; needed at least one."
-            )
+        parts = n if n > 0 else 1.0  # of nothing all statistics are 0, as those of ``Moments.empty``
         rows = self.x.to(torch.float64)
-        mean_x, mean_z = self.weight @ rows / n, self.weight @ self.z / n
+        mean_x, mean_z = self.weight @ rows / parts, self.weight @ self.z / parts
         centred, zc = rows - mean_x, self.z - mean_z
         weighted = zc * self.weight[:, None]
         set_ = object.__setattr__
@@ -67,7 +84,7 @@ class ThinMoments:
         set_(self, "mean_z", mean_z)
         set_(self, "m_xz", centred.T @ weighted)
         set_(self, "m_zz", zc.T @ weighted)
-        set_(self, "var_x", self.weight @ centred.square_() / n)
+        set_(self, "var_x", self.weight @ centred.square_() / parts)
 
     @classmethod
     def of(
@@ -92,8 +109,20 @@ class ThinMoments:
             ShapeError, NonFiniteError, NotEnoughDataError, InputError: as ``Moments.of``.
         """
         rows, targets, weights = checked_rows(x, z, classes, weight, mask, widen=False)
+        if rows.shape[0] == 0:
+            raise NotEnoughDataError(
+                f"got x {tuple(x.shape)} with no sample left after mask and weights; needed at least one."
+            )
         ones = targets.new_ones(rows.shape[0])
         return cls(rows.clone(), targets.clone(), ones if weights is None else weights.clone())
+
+    @classmethod
+    def empty(
+        cls, d: int, k: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float16
+    ) -> ThinMoments:
+        """Return the statistics of nothing: the neutral element of ``+``; ``dtype`` is that of the rows."""
+        wide = torch.zeros(0, k + 1, dtype=torch.float64, device=device)
+        return cls(torch.zeros(0, d, dtype=dtype, device=device), wide[:, 1:], wide[:, 0])
 
     @property
     def d(self) -> int:
@@ -147,6 +176,8 @@ class ThinMoments:
 
     def dense(self) -> Moments:
         """Return the same statistics as ``Moments``, with the d x d matrix."""
+        if self.n == 0:
+            return Moments.empty(self.d, self.k, self.x.device)
         return Moments.of(self.x, self.z, weight=self.weight)
 
     def merge(self, other: ThinMoments) -> ThinMoments:
@@ -156,6 +187,7 @@ class ThinMoments:
             ShapeError: the widths differ.
         """
         require_same_widths((self.d, self.k), (other.d, other.k))
+        other = other.to(self.x.device)
         return ThinMoments(
             torch.cat([self.x, other.x]),  # to the wider of the two dtypes, which loses nothing
             torch.cat([self.z, other.z]),
@@ -165,9 +197,129 @@ class ThinMoments:
     def __add__(self, other: ThinMoments) -> ThinMoments:
         return self.merge(other)
 
+    def __sub__(self, other: ThinMoments) -> ThinMoments:
+        """Return the statistics without a batch that was merged before; the order of the other rows is kept.
+
+        A row is taken out where the same numbers and the same label are held, to the bit; a part of its weight may go.
+
+        Raises:
+            InputError: a row of the batch is not part of these, or not with that much weight.
+            ShapeError: the widths differ.
+        """
+        require_same_widths((self.d, self.k), (other.d, other.k))
+        places: defaultdict[bytes, list[int]] = defaultdict(list)
+        for i, key in enumerate(_row_keys(self)):
+            places[key].append(i)
+        left = self.weight.tolist()
+        for i, (key, weight) in enumerate(zip(_row_keys(other), other.weight.tolist(), strict=True)):
+            wanted = weight
+            while wanted > _ROUNDING * weight:
+                if not places[key]:
+                    raise InputError(
+                        f"row {i} of the batch to take out is not among the {self.x.shape[0]} rows that are held, or "
+                        "with less weight; needed a batch that was merged before, in its own dtype or narrower."
+                    )
+                last = places[key][-1]
+                taken = min(wanted, left[last])
+                wanted, left[last] = wanted - taken, left[last] - taken
+                if left[last] <= _ROUNDING * weight:
+                    left[last] = 0.0
+                    places[key].pop()
+        weights = self.weight.new_tensor(left)
+        keep = weights > 0
+        return ThinMoments(self.x[keep], self.z[keep], weights[keep])
+
+    def all_reduce(self, group: ProcessGroup | None = None) -> ThinMoments:
+        """Return the statistics of the samples of all ranks together: their rows in the order of the ranks.
+
+        The same value on every rank, which then holds all rows. Counts may differ; a rank without samples
+        passes ``ThinMoments.empty(d, k)``. Every rank of the group has to call it.
+
+        Args:
+            group: as for ``Moments.all_reduce``.
+
+        Raises:
+            InputError: ``torch.distributed`` is not initialised.
+            ShapeError: the ranks hold statistics of different widths; raised on every rank.
+        """
+        import torch.distributed as dist
+
+        require_process_group()
+        own = torch.tensor(
+            [self.x.shape[0], self.d, self.k, _DTYPES.index(self.x.dtype)], device=self.x.device
+        )
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, own, group=group)
+        rows, d, k, dtypes = zip(*(each.tolist() for each in gathered), strict=True)
+        if len(set(d)) > 1 or len(set(k)) > 1:
+            raise ranks_differ((self.d, self.k), (min(d), max(d)), (min(k), max(k)))
+        dtype = _DTYPES[dtypes[0]]
+        for i in dtypes[1:]:
+            dtype = torch.promote_types(dtype, _DTYPES[i])
+        if not any(rows):
+            return ThinMoments.empty(self.d, self.k, self.x.device, dtype)
+        # As bytes, in blocks of one size: what every backend can gather, whatever the dtype.
+        parts = (self.x.to(dtype), self.z, self.weight[:, None])
+        mine = torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=1)
+        mine = torch.nn.functional.pad(mine, (0, 0, 0, max(rows) - mine.shape[0]))
+        blocks = [torch.empty_like(mine) for _ in rows]
+        dist.all_gather(blocks, mine, group=group)
+        joint = torch.cat([block[:count] for block, count in zip(blocks, rows, strict=True)])
+        widths = [part.shape[1] * part.element_size() for part in parts]
+        x, z, weight = (
+            part.contiguous().view(like.dtype)
+            for part, like in zip(joint.split(widths, dim=1), parts, strict=True)
+        )
+        return ThinMoments(x, z, weight[:, 0].contiguous())
+
+    def save(self, path: str | Path, *, fingerprint: str | None = None, force: bool = False) -> Path:
+        """Write one safetensors file, atomically; it holds the rows themselves.
+
+        Args:
+            path: of the new file.
+            fingerprint: of the model that was captured (``fingerprint(model)``), to be asked for by ``load``.
+            force: replace an existing file.
+
+        Raises:
+            OutputExistsError: the file exists and ``force`` is False.
+        """
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        header = {"fingerprint": fingerprint}
+        return write_tensors(path, tensors, kind=_KIND, version=_VERSION, header=header, force=force)
+
+    @classmethod
+    def load(cls, path: str | Path, *, fingerprint: str | None = None) -> ThinMoments:
+        """Read what ``save`` wrote.
+
+        Args:
+            path: of the file.
+            fingerprint: of the model that the rows have to be of; default any.
+
+        Raises:
+            FileFormatError: truncated, foreign or newer file.
+            ModelMismatchError: the file was saved with another fingerprint, or with none.
+        """
+        tensors, header = read_tensors(path, kind=_KIND, version=_VERSION)
+        require_fingerprint(path, header, fingerprint)
+        try:
+            x, z, weight = (tensors[name] for name in _TENSORS)
+            if x.ndim != 2 or z.shape[:-1] != weight.shape or len(x) != len(weight):
+                raise ShapeError(f"x {tuple(x.shape)}, z {tuple(z.shape)}, weight {tuple(weight.shape)}")
+            return cls(x, z, weight)
+        except (KeyError, ShapeError) as error:
+            raise FileFormatError(
+                f"{path} is not a whole thin moments file ({error}). Capture again."
+            ) from error
+
     def to(self, device: torch.device | str) -> ThinMoments:
         """Return the same statistics on another device."""
         return ThinMoments(self.x.to(device), self.z.to(device), self.weight.to(device))
 
     def __repr__(self) -> str:
         return f"ThinMoments(n={self.n:g}, d={self.d}, k={self.k}, rows={self.x.shape[0]})"
+
+
+def _row_keys(m: ThinMoments) -> list[bytes]:
+    """Return a digest of the numbers and the label of every row, the same for every dtype that holds them."""
+    joint = torch.cat([m.x.to(torch.float64), m.z], dim=1).add_(0.0)  # -0 is 0
+    return [blake2b(row.tobytes(), digest_size=20).digest() for row in joint.cpu().numpy()]

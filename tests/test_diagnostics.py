@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from repe_unlearn.diagnostics import Diagnosis, diagnose
+from repe_unlearn.diagnostics import Diagnosis, diagnose, summarize
 from repe_unlearn.eraser import Eraser
 from repe_unlearn.errors import InputError, NonFiniteError, NotEnoughDataError, NumericalWarning, ShapeError
 from repe_unlearn.moments import Moments
 from repe_unlearn.solvers import leace, mean_difference, random
+from repe_unlearn.thin_moments import ThinMoments
 
 D = 8
 MIX = torch.randn(D, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -146,6 +147,37 @@ def test_energy_and_effective_rank_are_what_they_say() -> None:
     assert wide.effective_rank < 8  # fewer rows than columns
 
 
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("n", [6, 300])
+def test_a_summary_is_what_the_rows_say(n: int, affine: bool) -> None:
+    x, z = sample(n, seed=2)
+    x[:, 3] *= 1e3
+    weight = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+    e = leace(Moments.of(x, z, weight=weight), affine=affine, shrinkage=0.1)
+    centred = x - weight @ x / weight.sum()
+    change = float(weight @ (e(x) - x).square().sum(1)) / float(weight @ centred.square().sum(1))
+    spectrum = torch.linalg.eigvalsh(centred.T * weight @ centred)
+    std = (weight @ centred.square()).sqrt()
+    for m in (Moments.of(x, z, weight=weight), ThinMoments.of(x, z, weight=weight)):
+        found = summarize(e, m)
+        assert found.energy == pytest.approx(change, rel=1e-9)
+        assert found.effective_rank == pytest.approx(float(spectrum.sum() ** 2 / spectrum.square().sum()))
+        assert found.outlier == pytest.approx(float(std.max() / std.median()))
+        assert (found.widest, found.rank, found.d, found.n) == (3, 1, D, pytest.approx(float(weight.sum())))
+        assert found.residual < 1e-10
+        assert summarize(e.partial(0.5), m).residual == pytest.approx(0.5)
+        assert summarize(e.partial(0.5), m).energy == pytest.approx(change / 4)
+    with pytest.raises(ShapeError, match="width 8 and moments of width 4"):
+        summarize(e, Moments.of(x[:, :4], z))
+
+
+def test_constant_coordinates_do_not_make_an_outlier() -> None:
+    x, z = sample(300, seed=2)
+    dead = torch.cat([x, torch.full((300, 20), 0.1).double()], 1)
+    m = Moments.of(dead, z)
+    assert summarize(leace(m), m).outlier == pytest.approx(summarize(identity(), Moments.of(x, z)).outlier)
+
+
 def test_arrays_tensors_and_dtypes_agree() -> None:
     x, z = sample(200)
     e = leace(Moments.of(*sample(400, seed=3)))
@@ -177,7 +209,10 @@ def outlier_rows(e: Eraser) -> tuple[Eraser, Tensor, Tensor]:
     ("message", "change"),
     [
         ("rank 0 and changes nothing.*Check labels", lambda e, x, z: (identity(), x, z)),
-        ("moves .* % of the variance.*more rows", lambda e, x, z: (random(Moments.of(x, z), rank=7), x, z)),
+        (
+            "moves .* % of the variance.*more varied prompts",
+            lambda e, x, z: (random(Moments.of(x, z), rank=7), x, z),
+        ),
         ("coordinate 0 is .* times.*sinks", lambda e, x, z: outlier_rows(e)),
         ("10 rows for d = 8.*more prompts", lambda e, x, z: (e, x[:10], z[:10])),
     ],

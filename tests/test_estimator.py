@@ -18,7 +18,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from repe_unlearn.errors import InputError, NotEnoughDataError
+from repe_unlearn.diagnostics import summarize
+from repe_unlearn.errors import InputError, NoConceptWarning, NotEnoughDataError, NumericalWarning
 from repe_unlearn.estimator import ConceptEraser
 from repe_unlearn.moments import Moments
 from repe_unlearn.solvers import leace, mean_difference, random
@@ -54,6 +55,25 @@ def test_is_leace(k: int) -> None:
     assert covariance(erased, columns) < 1e-10
     assert isinstance(erased, np.ndarray)
     assert (model.classes_ is None) == (k == 1)
+
+
+def test_every_fit_is_diagnosed() -> None:
+    X, y = sample()
+    model = ConceptEraser().fit(X, y)
+    assert model.diagnostics_ == summarize(model.eraser_, model.moments_)
+    parts = ConceptEraser().partial_fit(X[:200], y[:200]).partial_fit(X[200:], y[200:])
+    assert parts.diagnostics_.energy == pytest.approx(model.diagnostics_.energy)
+    assert parts.diagnostics_.n == 400
+    with pytest.warns(NumericalWarning, match="^20 rows for d = 12: fewer than 2 d") as caught:
+        ConceptEraser().fit(X[:20], y[:20])
+    assert caught[0].filename == __file__
+    wide = X.copy()
+    wide[:, 3] *= 1e5
+    with pytest.warns(NumericalWarning, match="^coordinate 3 is"):
+        ConceptEraser().fit(wide, y)
+    with pytest.warns(NoConceptWarning) as caught:
+        ConceptEraser().fit(model.transform(X), y)
+    assert len(caught) == 1
 
 
 def test_options_reach_the_solver() -> None:

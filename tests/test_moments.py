@@ -17,6 +17,7 @@ from torch import Tensor
 from repe_unlearn.errors import (
     FileFormatError,
     InputError,
+    ModelMismatchError,
     NonFiniteError,
     NotEnoughDataError,
     OutputExistsError,
@@ -172,6 +173,56 @@ def test_weights_count_rows() -> None:
     assert difference(weighted, repeated) < 1e-12
     assert difference(weighted, two_pass(x, one_hot(z), counts)) < 1e-12
     assert difference(weighted, Moments.of(x, z)) > 1e-4
+
+
+@pytest.mark.parametrize("size", [1, 100, 700])
+def test_weights_are_streamed_too(size: int) -> None:
+    x, z = sample()
+    weight = torch.rand(len(x), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    weight[::7] = 0.0
+    sums = Accumulator()
+    for start in range(0, len(x), size):
+        part = slice(start, start + size)
+        # Every third batch without weights: they are 1 there.
+        sums.add(x[part], z[part], None if start // size % 3 == 2 else weight[part])
+    whole = torch.where(torch.arange(len(x)) // size % 3 == 2, 1.0, weight)
+    assert difference(sums.moments(), Moments.of(x, z, weight=whole)) < 1e-12
+    assert difference(sums.moments(), Moments.of(x, z)) > 1e-4
+
+
+def test_a_float32_product_takes_weights() -> None:
+    x, z = sample()
+    weight = torch.rand(len(x), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    sums = Accumulator(product=torch.float32)
+    sums.add(x, z, weight)
+    assert 1e-12 < difference(sums.moments(), Moments.of(x, z, weight=weight)) < 1e-5
+
+
+def test_a_row_of_weight_zero_is_not_there_whatever_it_holds() -> None:
+    x, z = sample(20)
+    wanted = Moments.of(x, z)
+    x, z = torch.cat([x, torch.full((1, 6), math.nan)]), torch.cat([z, torch.full((1, 3), math.inf)])
+    weight = torch.ones(21)
+    weight[20] = 0
+    sums = Accumulator()
+    sums.add(x, z, weight)
+    assert difference(sums.moments(), wanted) < 1e-12
+    assert difference(Moments.of(x, z, weight=weight), wanted) < 1e-12
+    with pytest.raises(NonFiniteError):
+        sums.add(x, z, torch.ones(21))
+    assert sums.moments().n == 20
+    sums.add(x, z, torch.zeros(21))
+    assert sums.moments().n == 20
+
+
+def test_normalised_weights_are_refused_with_the_remedy() -> None:
+    x, _ = sample(50)
+    z = torch.arange(50) % 2
+    share = torch.rand(50, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    share /= share.sum()
+    with pytest.raises(NotEnoughDataError, match="multiply weights that sum to 1 by the number of rows"):
+        leace(Moments.of(x, z, weight=share))
+    assert leace(Moments.of(x, z, weight=50 * share)).rank == 1
 
 
 def test_masked_rows_do_not_count_whatever_they_hold() -> None:
@@ -349,6 +400,18 @@ def test_file_round_trip(tmp_path: Path) -> None:
         m.save(path)
     (m + m).save(path, force=True)
     assert Moments.load(path).n == 100
+
+
+def test_a_file_may_say_which_model_it_is_of(tmp_path: Path) -> None:
+    m = Moments.of(*sample(20))
+    named, nameless = m.save(tmp_path / "named", fingerprint="abc"), m.save(tmp_path / "nameless")
+    for wanted in (None, "abc"):
+        assert difference(Moments.load(named, fingerprint=wanted), m) == 0
+    assert difference(Moments.load(nameless), m) == 0
+    with pytest.raises(ModelMismatchError, match=r"fingerprint abc; needed abd.*capture"):
+        Moments.load(named, fingerprint="abd")
+    with pytest.raises(ModelMismatchError, match="fingerprint None; needed abc"):
+        Moments.load(nameless, fingerprint="abc")
 
 
 def test_a_file_that_lacks_a_part_is_refused(tmp_path: Path) -> None:

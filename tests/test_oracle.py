@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,9 +11,17 @@ from concept_erasure import OracleFitter
 from reference import SHAPES, covariances, one_hot, planted
 from torch import Tensor
 
-from repe_unlearn.errors import InputError, NonFiniteError, NotEnoughDataError, ShapeError
+from repe_unlearn.errors import (
+    FileFormatError,
+    InputError,
+    NonFiniteError,
+    NotEnoughDataError,
+    OutputExistsError,
+    ShapeError,
+)
 from repe_unlearn.moments import Moments
 from repe_unlearn.solvers import OracleEraser, leace, oracle
+from repe_unlearn.tensorfile import write_tensors
 from repe_unlearn.thin_moments import ThinMoments
 
 
@@ -150,3 +159,31 @@ def test_later_changes_of_the_callers_tensors_do_not_matter() -> None:
     coef.zero_()
     mean.fill_(9.0)
     assert torch.equal(e(torch.ones(3), torch.ones(2)), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_file_round_trip_is_bit_equal(tmp_path: Path, dtype: torch.dtype) -> None:
+    x, z = planted(3)
+    e = oracle(Moments.of(x, z)).to(dtype=dtype)
+    path = e.save(tmp_path / "oracle")
+    loaded = OracleEraser.load(path)
+    assert torch.equal(loaded.coef, e.coef)
+    assert torch.equal(loaded(x, z), e(x, z))
+    assert not torch.equal(loaded(x, z), e(x, z.roll(1)))
+    with pytest.raises(OutputExistsError):
+        e.save(path)
+
+
+def test_files_that_are_no_oracle_eraser_are_refused(tmp_path: Path) -> None:
+    x, z = planted(3)
+    path = oracle(Moments.of(x, z)).save(tmp_path / "f")
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(FileFormatError, match="not a whole safetensors file"):
+        OracleEraser.load(path)
+    Moments.of(x, z).save(path, force=True)
+    with pytest.raises(FileFormatError, match="holds 'moments'; needed 'oracle eraser'"):
+        OracleEraser.load(path)
+    for tensors in ({"coef": torch.ones(3, 2)}, {"coef": torch.ones(3, 2), "mean_z": torch.ones(3)}):
+        write_tensors(path, tensors, kind="oracle eraser", version=1, header={}, force=True)
+        with pytest.raises(FileFormatError, match="not a whole oracle eraser"):
+            OracleEraser.load(path)

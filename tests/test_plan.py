@@ -11,6 +11,7 @@ import torch
 from reference import planted
 from torch import nn
 
+from repe_unlearn.diagnostics import FitSummary, summarize
 from repe_unlearn.eraser import Eraser
 from repe_unlearn.errors import (
     FileFormatError,
@@ -18,12 +19,13 @@ from repe_unlearn.errors import (
     ModelMismatchError,
     NoConceptWarning,
     NotEnoughDataError,
+    NumericalWarning,
     OutputExistsError,
     UnknownSiteError,
 )
 from repe_unlearn.fingerprints import fingerprint
 from repe_unlearn.moments import Moments
-from repe_unlearn.plan import ErasurePlan, gathered_warnings, residual, solve, solver_name
+from repe_unlearn.plan import ErasurePlan, gathered_warnings, solve, solver_name
 from repe_unlearn.sites import Site
 from repe_unlearn.solvers import leace, mean_difference, random
 from repe_unlearn.tensorfile import write_tensors
@@ -44,6 +46,7 @@ def same(a: ErasurePlan, b: ErasurePlan) -> bool:
         a.sites == b.sites
         and a.fingerprint == b.fingerprint
         and a.provenance == b.provenance
+        and a.diagnostics == b.diagnostics
         and all(
             torch.equal(getattr(a[site], name), getattr(b[site], name))
             for site in a.sites
@@ -85,9 +88,76 @@ def test_the_worst_residual_is_written_down() -> None:
     m = moments()[A]
     first_only = Eraser(leace(m).left[:, :1], leace(m).right[:1], m.mean_x)
     wanted = (first_only.matrix() @ m.m_xz).norm() / m.m_xz.norm()
-    assert residual(first_only, m) == pytest.approx(float(wanted))
+    assert summarize(first_only, m).residual == pytest.approx(float(wanted))
     unrelated = Moments.of(torch.tensor([[0.0], [1.0], [0.0], [1.0]]), torch.tensor([0, 0, 1, 1]))
-    assert residual(random(unrelated, rank=1), unrelated) == 0.0
+    assert summarize(random(unrelated, rank=1), unrelated).residual == 0.0
+
+
+def weak_moments() -> dict[Site, Moments]:
+    """Site 0 has too few rows, sites 1 and 3 an outlier (3 the wider one), site 2 nothing to be said."""
+    x, z = planted(2)
+    wide, wider = x.clone(), x.clone()
+    wide[:, 3] *= 1e4
+    wider[:, 5] *= 1e6
+    parts = {"0": (x[:20], z[:20]), "1": (wide, z), "2": (x, z), "3": (wider, z)}
+    return {Site(name): Moments.of(*part) for name, part in parts.items()}
+
+
+def test_every_fit_is_diagnosed_and_warned_of_once_per_kind() -> None:
+    moments = weak_moments()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        plan = solve(moments, fingerprint="f")
+    assert plan.diagnostics == {site: summarize(plan[site], m) for site, m in moments.items()}
+    texts = [str(w.message) for w in caught]
+    assert [w.category for w in caught] == [NumericalWarning] * len(texts)
+    assert all(w.filename == __file__ for w in caught)
+    by_kind = {kind: [t for t in texts if kind in t] for kind in ("2 d rows", "coordinate", "rank 0")}
+    assert [len(found) for found in by_kind.values()] == [1, 1, 0]
+    assert by_kind["2 d rows"][0].startswith("at 1 of 4 sites (0): 20 rows for d = 12")
+    assert by_kind["coordinate"][0].startswith("at 2 of 4 sites, worst at 3: coordinate 5 is")
+    assert "leave out" in by_kind["coordinate"][0].lower()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solve({Site("2"): moments[Site("2")]}, fingerprint="f")
+
+
+def test_an_eraser_of_much_of_the_variance_is_warned_of() -> None:
+    with pytest.warns(NumericalWarning, match=r"^the eraser moves \d\d % of the variance.*shrinkage"):
+        solve({A: moments()[A]}, partial(random, rank=10), fingerprint="f")
+
+
+def test_rank_zero_is_said_once_whoever_says_it() -> None:
+    x, z = planted(2)
+    clean = {A: Moments.of(leace(Moments.of(x, z))(x), z)}
+
+    def silent(m: Moments) -> Eraser:
+        return Eraser(m.mean_x[:, None][:, :0], m.mean_x[None][:0], m.mean_x)
+
+    for solver, category in ((leace, NoConceptWarning), (silent, NumericalWarning)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert solve(clean, solver, fingerprint="f").rank == 0
+        assert [w.category for w in caught] == [category]
+
+
+def test_diagnostics_belong_to_the_eraser_that_was_fit() -> None:
+    plan = some_plan()
+    other = plan.replace({A: plan[A], B: plan[B].partial(0.5)})
+    assert dict(other.diagnostics) == {A: plan.diagnostics[A]}
+    with pytest.raises(TypeError):
+        plan.diagnostics[A] = plan.diagnostics[B]  # type: ignore[index]
+    with pytest.raises(InputError, match="diagnostics of 1:input, where the plan has no eraser"):
+        ErasurePlan({A: plan[A]}, "f", {}, plan.diagnostics)
+    with pytest.raises(InputError, match=r"energy: got nan; needed a finite number"):
+        FitSummary(3, 2, 1, 1.0, float("nan"), 1.0, 0, 0.0)
+
+
+def test_files_without_diagnostics_are_read(tmp_path: Path) -> None:
+    write_tensors(
+        tmp_path / "p", GOOD_TENSORS, kind="erasure plan", version=1, header=GOOD_HEADER, force=False
+    )
+    assert ErasurePlan.load(tmp_path / "p").diagnostics == {}
 
 
 def test_solve_of_nothing_is_refused() -> None:
@@ -156,7 +226,11 @@ def test_repr_and_html_escape() -> None:
     plan = ErasurePlan(some_plan().erasers, "f", {"concept": "<b>"})
     assert repr(plan) == "ErasurePlan(2 sites, rank<=4, concept='<b>', model=f)"
     assert "concept=&#x27;&lt;b&gt;" in plan._repr_html_()
-    assert "<td>1:input</td><td>4</td><td>12</td>" in plan._repr_html_()
+    assert "<td>1:input</td><td>4</td><td>12</td><td></td>" in plan._repr_html_()
+    known = some_plan()
+    most = max(numbers.energy for numbers in known.diagnostics.values())
+    assert f"rank<=4, moves<={100 * most:.2g}% of the variance, concept" in repr(known)
+    assert f"<td>12</td><td>{known.diagnostics[B].energy:.2%}</td>" in known._repr_html_()
 
 
 def test_file_round_trip(tmp_path: Path) -> None:
@@ -223,6 +297,7 @@ def test_foreign_and_newer_files_are_refused(tmp_path: Path) -> None:
 
 
 GOOD_HEADER = {"sites": ["0"], "fingerprint": "f", "provenance": {}}
+NUMBERS = ("n", "d", "rank", "effective_rank", "energy", "outlier", "widest", "residual")
 GOOD_TENSORS = {"0.left": torch.ones(2, 1), "0.right": torch.ones(1, 2), "0.shift": torch.zeros(2)}
 
 
@@ -238,6 +313,10 @@ GOOD_TENSORS = {"0.left": torch.ones(2, 1), "0.right": torch.ones(1, 2), "0.shif
         ({}, {"sites": [3]}),
         ({}, {"sites": 3}),
         ({}, {"provenance": None}),
+        ({}, {"diagnostics": None}),
+        ({}, {"diagnostics": {"0": {}}}),
+        ({}, {"diagnostics": {"0": dict.fromkeys(NUMBERS, "many")}}),
+        ({}, {"diagnostics": {"1": dict.fromkeys(NUMBERS, 1)}}),
     ],
 )
 def test_a_plan_file_that_makes_no_sense_is_refused(tmp_path: Path, tensors: dict, header: dict) -> None:

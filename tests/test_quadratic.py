@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,18 @@ from concept_erasure.optimal_transport import ot_barycenter, ot_map
 from reference import planted
 from torch import Tensor
 
-from repe_unlearn.errors import InputError, NonFiniteError, NotEnoughDataError, NumericalWarning, ShapeError
+from repe_unlearn.errors import (
+    FileFormatError,
+    InputError,
+    NonFiniteError,
+    NotEnoughDataError,
+    NumericalWarning,
+    OutputExistsError,
+    ShapeError,
+)
 from repe_unlearn.moments import Moments
 from repe_unlearn.solvers import QuadraticEraser, oracle, quadratic
+from repe_unlearn.tensorfile import write_tensors
 
 
 def sample(k: int = 3, d: int = 6, seed: int = 0, n: int = 900) -> tuple[Tensor, Tensor]:
@@ -248,3 +258,41 @@ def test_later_changes_of_the_callers_tensors_do_not_matter() -> None:
 def test_planted_classes() -> None:
     x, z = planted(2)
     assert spread(quadratic(classes(x, z))(x, z), z) <= 1e-8
+
+
+def test_file_round_trip_is_bit_equal(tmp_path: Path) -> None:
+    x, z = sample()
+    e = quadratic(classes(x, z))
+    path = e.save(tmp_path / "quadratic")
+    loaded = QuadraticEraser.load(path)
+    assert all(
+        torch.equal(getattr(loaded, name), getattr(e, name)) for name in ("class_means", "mean", "maps")
+    )
+    assert (loaded.residual, loaded.gap) == (e.residual, e.gap)
+    assert torch.equal(loaded(x, z), e(x, z))
+    assert not torch.equal(loaded(x, z), e(x, z.roll(1)))
+    with pytest.raises(OutputExistsError):
+        e.save(path)
+
+
+def test_files_that_are_no_quadratic_eraser_are_refused(tmp_path: Path) -> None:
+    x, z = sample()
+    e = quadratic(classes(x, z))
+    path = e.save(tmp_path / "f")
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(FileFormatError, match="not a whole safetensors file"):
+        QuadraticEraser.load(path)
+    oracle(Moments.of(x, z)).save(path, force=True)
+    with pytest.raises(FileFormatError, match="holds 'oracle eraser'; needed 'quadratic eraser'"):
+        QuadraticEraser.load(path)
+    tensors = {name: getattr(e, name) for name in ("class_means", "mean", "maps")}
+    header = {"residual": 0.0, "gap": 0.0}
+    for changed, head in (
+        ({**tensors, "mean": torch.zeros(2)}, header),
+        (tensors, {"residual": 0.0}),
+        (tensors, {**header, "gap": None}),
+        (tensors, {**header, "gap": "wide"}),
+    ):
+        write_tensors(path, changed, kind="quadratic eraser", version=1, header=head, force=True)
+        with pytest.raises(FileFormatError, match="not a whole quadratic eraser"):
+            QuadraticEraser.load(path)

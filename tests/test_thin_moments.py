@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,16 +16,20 @@ from torch import Tensor
 
 from repe_unlearn.eraser import Eraser
 from repe_unlearn.errors import (
+    FileFormatError,
     InputError,
+    ModelMismatchError,
     NoConceptWarning,
     NonFiniteError,
     NotEnoughDataError,
     NumericalWarning,
+    OutputExistsError,
     ShapeError,
 )
 from repe_unlearn.moments import Moments
 from repe_unlearn.shrinkage import Shrinkage
 from repe_unlearn.solvers import leace, mean_difference, random
+from repe_unlearn.tensorfile import write_tensors
 from repe_unlearn.thin_moments import ThinMoments
 
 
@@ -135,6 +140,95 @@ def test_merging_keeps_all_rows_and_narrow_rows_stay_narrow() -> None:
         a + ThinMoments.of(x[7:, 1:], z[7:])
 
 
+def same(a: ThinMoments, b: ThinMoments) -> bool:
+    return all(torch.equal(getattr(a, f), getattr(b, f)) for f in ("x", "z", "weight", "mean_x", "m_xz"))
+
+
+def test_minus_takes_a_batch_out_again() -> None:
+    x, z = few(20, 30, 3)
+    weight = torch.rand(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.1
+    a, b = (ThinMoments.of(x[i], z[i], classes=3, weight=weight[i]) for i in (slice(0, 8), slice(8, 20)))
+    assert same(a + b - b, a)
+    assert same(a + b - a, b)
+    # whatever the order and the dtype that the rows came in
+    narrow = ThinMoments.of(x[:8].half(), z[:8], classes=3, weight=weight[:8])
+    assert same(
+        narrow + b - b.to("cpu"), ThinMoments.of(x[:8].half().double(), z[:8], classes=3, weight=weight[:8])
+    )
+    assert same(b + narrow - narrow, b)
+    shuffled = torch.randperm(12, generator=torch.Generator().manual_seed(1))
+    assert same(a + b - ThinMoments(b.x[shuffled], b.z[shuffled], b.weight[shuffled]), a)
+    nothing = a - a
+    assert (nothing.n, nothing.x.shape) == (0.0, (0, 30))
+    assert same(nothing + a, a)
+    assert nothing.dense().n == 0
+    with pytest.raises(NotEnoughDataError, match="got 0 samples"):
+        leace(nothing)
+
+
+def test_minus_counts_repeated_rows_by_their_weight() -> None:
+    x, z = few(4, 6)
+    once = ThinMoments.of(x, z)
+    thrice = once + once + once
+    rest = thrice - once
+    assert (rest.n, rest.x.shape[0]) == (8.0, 8)
+    partly = thrice - ThinMoments.of(x, z, weight=torch.full((4,), 1.5))
+    assert partly.n == pytest.approx(6.0)
+    assert torch.allclose(partly.dense().m_xx, 1.5 * once.dense().m_xx)
+    with pytest.raises(InputError, match=r"row 0 .*less weight"):
+        once - ThinMoments.of(x, z, weight=torch.full((4,), 1.5))
+
+
+def test_minus_refuses_what_was_not_part() -> None:
+    x, z = few(20, 30)
+    m = ThinMoments.of(x[:10], z[:10])
+    for other in (
+        ThinMoments.of(x[9:12], z[9:12]),
+        ThinMoments.of(x[:1], 1 - z[:1], classes=2),
+        ThinMoments.of(x[:2] * (1 + 1e-15), z[:2]),
+    ):
+        with pytest.raises(InputError, match="not among the 10 rows"):
+            m - other
+    with pytest.raises(ShapeError, match=r"d=30.*d=29"):
+        m - ThinMoments.of(x[:2, 1:], z[:2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_file_round_trip(tmp_path: Path, dtype: torch.dtype) -> None:
+    x, z = few(9, 20)
+    m = ThinMoments.of(x.to(dtype), z, weight=torch.rand(9, generator=torch.Generator().manual_seed(0)))
+    path = m.save(tmp_path / "thin", fingerprint="abc")
+    loaded = ThinMoments.load(path, fingerprint="abc")
+    assert same(loaded, m)
+    assert loaded.x.dtype == dtype
+    assert not same(loaded, ThinMoments.of(x.to(dtype), z))
+    with pytest.raises(OutputExistsError):
+        m.save(path)
+    with pytest.raises(ModelMismatchError, match="needed abd"):
+        ThinMoments.load(path, fingerprint="abd")
+    with pytest.raises(FileFormatError, match="holds 'thin moments'; needed 'moments'"):
+        Moments.load(path)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(FileFormatError, match="not a whole safetensors file"):
+        ThinMoments.load(path)
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [{}, {"z": torch.zeros(3, 2).double()}, {"x": torch.zeros(4)}, {"weight": torch.ones(3).double()}],
+)
+def test_a_file_that_makes_no_sense_is_refused(tmp_path: Path, tensors: dict) -> None:
+    m = ThinMoments.of(*few(4, 6))
+    whole = {name: getattr(m, name) for name in ("x", "z", "weight")}
+
+    def write(tensors: dict) -> Path:
+        return write_tensors(tmp_path / "f", tensors, kind="thin moments", version=1, header={}, force=True)
+
+    assert same(ThinMoments.load(write(whole)), m)
+    with pytest.raises(FileFormatError, match="not a whole thin moments file"):
+        ThinMoments.load(write({**whole, **tensors} if tensors else {}))
+
+
 def test_what_needs_the_matrix_says_to_call_dense() -> None:
     m = ThinMoments.of(*few(6, 8))
     for name in ("m_xx", "cov_xx"):
@@ -168,7 +262,8 @@ def test_refuses_bad_input() -> None:
         leace(ThinMoments.of(x, z * 0, classes=2))
     with pytest.raises(InputError, match="shrinkage"):
         leace(ThinMoments.of(x, z), shrinkage="oas")  # type: ignore[arg-type]
-    clean = leace(ThinMoments.of(x, z))(x)
+    centred = x - x.mean(0)
+    clean = leace(ThinMoments.of(centred, z))(centred)
     with pytest.warns(NoConceptWarning):
         assert leace(ThinMoments.of(clean, z)).rank == 0
 

@@ -1,6 +1,7 @@
 """Verify and audit: every check a pure function, every battery a report."""
 
 from repe_unlearn.audit.battery import random_plan, verify
+from repe_unlearn.audit.leakage import diagnose_plan
 from repe_unlearn.audit.report import Check, Report
 
-__all__ = ["Check", "Report", "random_plan", "verify"]
+__all__ = ["Check", "Report", "diagnose_plan", "random_plan", "verify"]

@@ -10,7 +10,7 @@ from torch import nn
 
 from repe_unlearn.activations import Rows
 from repe_unlearn.architectures import Architecture
-from repe_unlearn.errors import UnsupportedArchitectureError
+from repe_unlearn.errors import UnsupportedArchitectureError, UnsupportedModelError
 from repe_unlearn.sites import Site
 
 from . import probes
@@ -220,10 +220,11 @@ def _panels(model: nn.Module, sites: tuple[Site, ...]) -> dict[str, list[tuple[i
     """Group sites by kind for small multiples; models without a row get one panel in order of execution."""
     panels: dict[str, list[tuple[int, Site]]] = {}
     try:
-        arch = Architecture.of(model)
-    except UnsupportedArchitectureError:  # an unknown family is fine for hooks: plot by order instead
+        stacks = Architecture.all_of(model)
+    except (UnsupportedArchitectureError, UnsupportedModelError):
+        # An unknown family is fine for hooks: plot by order instead.
         return {"sites in order": list(enumerate(sites))}
     for i, site in enumerate(sites):
-        kind, layer = arch.locate(site) or ("other", i)
+        kind, layer = next((at for arch in stacks if (at := arch.locate(site))), ("other", i))
         panels.setdefault(kind, []).append((layer, site))
     return panels

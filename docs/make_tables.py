@@ -11,61 +11,115 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from repe_unlearn.architectures import FAMILIES, Family, Kind, Read, Write
+from repe_unlearn.architectures import (
+    FAMILIES,
+    IN_BLOCK,
+    KINDS,
+    Absent,
+    Experts,
+    Family,
+    Kind,
+    Layout,
+    Read,
+    Weight,
+    Write,
+)
 
 PAGE = Path(__file__).parent / "architectures.md"
-READ: tuple[Kind, ...] = ("attn_in", "mlp_in", "final")
-WRITE: tuple[Kind, ...] = ("attn_out", "mlp_out")
+READ: tuple[Kind, ...] = ("attn_in", "cross_in", "mlp_in", "final")
+WRITE: tuple[Kind, ...] = ("attn_out", "cross_out", "mlp_out")
 
 
-def exactness(family: Family, kind: Kind) -> str:
-    """Return what ``bake`` can do at a kind of site: exact, erasure-exact or hook only."""
+def part(family: Family, layout: Layout, kind: Kind) -> Read | Write | Absent:
+    """Return what a row says of a kind of site."""
+    return family.final if kind == "final" else layout.part(kind)
+
+
+def exactness(family: Family, layout: Layout, kind: Kind) -> str:
+    """Return what ``bake`` can do at a kind of site: exact, erasure-exact, hook only, or – if there is none."""
     if kind in ("resid_pre", "resid_post"):
         return "hook only"
-    part = getattr(family, kind)
-    return "erasure-exact" if isinstance(part, Write) and part.norm else "exact"
+    found = part(family, layout, kind)
+    if isinstance(found, Absent):
+        return "–"
+    weights = found.readers if isinstance(found, Read) else found.writers
+    if any(isinstance(weight, Experts) for weight in weights) or getattr(found, "hook_only", ""):
+        return "hook only"
+    return "erasure-exact" if isinstance(found, Write) and found.norm else "exact"
+
+
+def label(family: Family, layout: Layout) -> str:
+    """Return the name of a family and, where it has several, of its layout."""
+    several = sum(bool(set(other.model_types) & set(family.model_types)) for other in FAMILIES) > 1
+    settings = [f"`{key}={value}`" for key, value in family.when.items() if several]
+    remarks = [remark for remark in (family.stack, *settings, layout.name) if remark]
+    return _codes(family.model_types) + (f" ({', '.join(remarks)})" if remarks else "")
+
+
+def each(families: Iterable[Family]) -> list[tuple[Family, Layout]]:
+    """Return every family with every layout of its blocks."""
+    return [(family, layout) for family in families for layout in family.layouts]
 
 
 def summary(families: Iterable[Family]) -> str:
     """Return one line per family: how each kind of site bakes."""
     kinds: tuple[Kind, ...] = (*READ, *WRITE, "resid_pre", "resid_post")
-    lines = [[_name(f), *(exactness(f, kind) for kind in kinds)] for f in families]
+    lines = [
+        [label(f, layout), *(exactness(f, layout, kind) for kind in kinds)] for f, layout in each(families)
+    ]
     return _table(["family", *map(_code, kinds)], lines)
+
+
+def lacking(families: Iterable[Family]) -> str:
+    """Return one line per family and kind of site that it does not have, cross-attention apart."""
+    lines = [
+        [label(family, layout), _code(kind), found.reason]
+        for family, layout in each(families)
+        for kind in KINDS
+        if kind in (*IN_BLOCK, "final") and not kind.startswith("cross")
+        if isinstance(found := part(family, layout, kind), Absent)
+    ]
+    return _table(["family", "has no", "because"], lines)
 
 
 def readers(families: Iterable[Family]) -> str:
     """Return one line per family and site that modules read."""
     lines = []
-    for family in families:
+    for family, layout in each(families):
         for kind in READ:
-            part: Read = getattr(family, kind)
+            found = part(family, layout, kind)
+            if not isinstance(found, Read) or (kind == "final" and layout is not family.layouts[0]):
+                continue
             base = "" if kind == "final" else f"{family.blocks}.*."
-            site = f"{base}{part.path}" + (":input" if part.side == "input" else "")
-            switch = _switches(family, part.readers if base else ())
-            lines.append([_name(family), _code(kind), _code(site), _codes(part.readers), switch])
-    return _table(["family", "kind", "site", "readers that bake edits", "bias switch"], lines)
+            site = f"{base}{found.path}" + (":input" if found.side == "input" else "")
+            modules = found.readers if base else ()
+            names = found.hook_only or ", ".join(map(_weight, found.readers))
+            lines.append([label(family, layout), _code(kind), _code(site), names, _switches(family, modules)])
+    return _table(["family", "kind", "site", "all that read it", "bias switch"], lines)
 
 
 def writers(families: Iterable[Family]) -> str:
     """Return one line per family and sublayer that writes the residual stream."""
     lines = []
-    for family in families:
+    for family, layout in each(families):
         for kind in WRITE:
-            part: Write = getattr(family, kind)
+            found = part(family, layout, kind)
+            if not isinstance(found, Write):
+                continue
             lines.append(
                 [
-                    _name(family),
+                    label(family, layout),
                     _code(kind),
-                    _code(f"{family.blocks}.*.{part.path}"),
-                    _code(part.writer),
-                    _code(part.norm) if part.norm else "–",
-                    _switches(family, (part.writer,)),
+                    _code(f"{family.blocks}.*.{found.path}"),
+                    ", ".join(map(_weight, found.writers)),
+                    _code(found.norm) if found.norm else "–",
+                    _switches(family, found.writers),
                 ]
             )
-    return _table(["family", "kind", "site", "writer that bake edits", "post-norm", "bias switch"], lines)
+    return _table(["family", "kind", "site", "all that write it", "post-norm", "bias switch"], lines)
 
 
-TABLES = {"summary": summary, "readers": readers, "writers": writers}
+TABLES = {"summary": summary, "lacking": lacking, "readers": readers, "writers": writers}
 
 
 def render(page: str, families: Iterable[Family] = FAMILIES) -> str:
@@ -109,11 +163,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _name(family: Family) -> str:
-    return ", ".join(map(_code, family.model_types))
+def _weight(weight: Weight) -> str:
+    """Return a reader or writer; of stacked experts also the order of their axes."""
+    return f"`{weight.path}` [{weight.axes}]" if isinstance(weight, Experts) else _code(weight)
 
 
-def _switches(family: Family, modules: Sequence[str]) -> str:
+def _switches(family: Family, modules: Sequence[Weight]) -> str:
     """Return the config keys that give the modules a bias."""
     keys = [key for key, names in family.bias_switches.items() if set(modules) & set(names)]
     return _codes(keys) if keys else "–"

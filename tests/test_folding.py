@@ -162,7 +162,7 @@ def test_other_models_and_sites() -> None:
     with pytest.raises(UnknownSiteError):
         bake(model, ErasurePlan({Site("model.layers.9.mlp.down_proj"): oblique()}, fingerprint(model)))
     lonely = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(UnsupportedArchitectureError, match="supported: gemma2"):
+    with pytest.raises(UnsupportedArchitectureError, match="supported: bert"):
         bake(lonely, ErasurePlan({Site("0"): oblique(d=2, rank=1)}, fingerprint(lonely)))
 
 

@@ -32,6 +32,33 @@ _COMMON = {
     "eos_token_id": 2,
 }
 _GROUPED = {**_COMMON, "num_key_value_heads": 2}
+_GPT2 = {
+    "vocab_size": VOCAB,
+    "n_embd": D,
+    "n_layer": LAYERS,
+    "n_head": 4,
+    "n_inner": 48,
+    "n_positions": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_BLOOM = {
+    "vocab_size": VOCAB,
+    "hidden_size": D,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_GEMMA3 = {**_GROUPED, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8}
+_OLMO3 = {
+    **_GROUPED,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"] + ["sliding_attention"] * (LAYERS - 2),
+}
+_MOE = {**_GROUPED, "num_experts_per_tok": 2}
 
 # What each family needs beyond the common sizes; one entry per row of the architecture table.
 CONFIGS: dict[str, dict] = {
@@ -39,43 +66,185 @@ CONFIGS: dict[str, dict] = {
     "mistral": {**_GROUPED, "sliding_window": 8},
     "qwen2": _GROUPED,
     "qwen3": {**_GROUPED, "head_dim": 8},
-    "gemma2": {**_GROUPED, "head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 8},
+    "gemma": {**_GROUPED, "head_dim": 8},
+    "gemma2": _GEMMA3,
+    "gemma3_text": _GEMMA3,
     "olmo2": _GROUPED,
-    "gpt2": {
+    "olmo3": _OLMO3,
+    "exaone4": {**_OLMO3, "sliding_window_pattern": 2},
+    "glm4": {**_GROUPED, "head_dim": 8},
+    "phi3": _GROUPED,
+    "granite": {
+        **_GROUPED,
+        "residual_multiplier": 0.3,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+        "attention_multiplier": 0.4,
+    },
+    "cohere": _GROUPED,
+    "stablelm": _GROUPED,
+    "starcoder2": {**_GROUPED, "sliding_window": 8},
+    "phi": _GROUPED,
+    "mixtral": {**_MOE, "num_local_experts": 4},
+    "qwen2_moe": {
+        **_MOE,
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+    },
+    "qwen3_moe": {**_MOE, "num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8},
+    "deepseek_v3": {
+        **_MOE,
+        "num_key_value_heads": 4,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 24,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 12,
+        "kv_lora_rank": 12,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 8,
+    },
+    # Width of the experts as that of the model, as in the published ones: a wrong axis must not show by its shape.
+    "gpt_oss": {**_MOE, "num_local_experts": 4, "head_dim": 8, "sliding_window": 8, "intermediate_size": D},
+    "llama4_text": {
+        **_GROUPED,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 40,
+        "interleave_moe_layer_step": 2,
+        "head_dim": 8,
+        "attention_chunk_size": 8,
+    },
+    "gpt2": _GPT2,
+    "gptj": {**_GPT2, "rotary_dim": 4, "tie_word_embeddings": False},
+    "gpt_neox": _COMMON,
+    "opt": {**_COMMON, "ffn_dim": 48, "word_embed_proj_dim": D},
+    "bloom": _BLOOM,
+    "falcon": _BLOOM,
+    "bert": _COMMON,
+    "roberta": _COMMON,
+    "xlm-roberta": _COMMON,
+    "distilbert": {
         "vocab_size": VOCAB,
-        "n_embd": D,
-        "n_layer": LAYERS,
-        "n_head": 4,
-        "n_inner": 48,
-        "n_positions": 64,
+        "dim": D,
+        "n_layers": LAYERS,
+        "n_heads": 4,
+        "hidden_dim": 48,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+    },
+    "t5": {
+        "vocab_size": VOCAB,
+        "d_model": D,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": LAYERS,
+        "num_heads": 4,
+        "pad_token_id": 0,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 0,
+    },
+    "vit": {
+        "hidden_size": D,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "image_size": 8,
+        "patch_size": 4,
+        "num_labels": 5,
+    },
+    "gemma3": {
+        "text_config": {**_GEMMA3, "model_type": "gemma3_text"},
+        "vision_config": {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "intermediate_size": 16,
+            "image_size": 8,
+            "patch_size": 4,
+        },
+        "mm_tokens_per_image": 4,
         "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
+        "boi_token_index": 93,
+        "eoi_token_index": 94,
+        "image_token_index": 95,
     },
-    "gpt_neox": _COMMON,
 }
+
+# The transformers class to make a family with, where that is not the one for causal language models.
+HEADS = {
+    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "distilbert"), "AutoModelForMaskedLM"),
+    "t5": "AutoModelForSeq2SeqLM",
+    "vit": "AutoModelForImageClassification",
+    "gemma3": "AutoModelForImageTextToText",
+}
+# Families that continue a text, and those that read one at all.
+DECODERS = tuple(sorted(set(CONFIGS) - set(HEADS)))
+TEXT = tuple(sorted(set(CONFIGS) - {"vit"}))
 
 
 def tiny(
-    model_type: str, *, dtype: torch.dtype = torch.float64, seed: int = 0, **changes: object
+    model_type: str,
+    *,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    head: str | None = None,
+    **changes: object,
 ) -> nn.Module:
-    """Return a causal LM of one family with random weights of unit scale, in eval mode."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Return a model of one family with random weights of unit scale, in eval mode.
 
-    config = AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **changes})
+    Args:
+        model_type: the family.
+        dtype: of the weights.
+        seed: of the weights.
+        head: name of the transformers class, e.g. AutoModel; default the family's usual one.
+        changes: to the tiny config.
+    """
+    settings = repr(sorted(changes.items()))
+    key = (model_type, dtype, seed, head or HEADS.get(model_type, "AutoModelForCausalLM"), settings)
+    if key not in _MADE:
+        _MADE[key] = _make(model_type, dtype, seed, key[3], changes)
+    return copy.deepcopy(_MADE[key])  # tests edit their models
+
+
+_MADE: dict[tuple, nn.Module] = {}
+
+
+def _make(model_type: str, dtype: torch.dtype, seed: int, head: str, changes: dict[str, object]) -> nn.Module:
+    import transformers
+
+    config = transformers.AutoConfig.for_model(
+        model_type, **copy.deepcopy({**CONFIGS[model_type], **changes})
+    )
     config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config)
+    config._experts_implementation = "eager"  # the others know no float64
+    made = getattr(transformers, head)
+    model = made.from_config(config) if head.startswith("Auto") else made(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
             if p.ndim == 1 and name.endswith("weight"):  # norms: gains around 1 (Gemma: around 0)
-                p.copy_(0.3 * noise + (0.0 if model_type == "gemma2" else 1.0))
+                p.copy_(0.3 * noise + (0.0 if model_type.startswith("gemma") else 1.0))
             elif p.ndim == 1:
                 p.copy_(0.5 * noise)
             else:
                 p.copy_(noise / p.shape[-1] ** 0.5)
     return model.eval().requires_grad_(False).to(dtype)
+
+
+def tiny_inputs(model_type: str, *, dtype: torch.dtype = torch.float64, seed: int = 7) -> dict[str, Tensor]:
+    """Return the keyword arguments of one forward pass: two rows of random ids, or two random images."""
+    if model_type == "vit":
+        generator = torch.Generator().manual_seed(seed)
+        return {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator).to(dtype)}
+    inputs = {"input_ids": token_ids(seed=seed, vocab=90)}
+    return {**inputs, "decoder_input_ids": token_ids(2, 5, seed=seed + 1)} if model_type == "t5" else inputs
 
 
 def token_ids(rows: int = 2, width: int = 9, *, seed: int = 7, vocab: int = VOCAB) -> Tensor:
@@ -112,7 +281,8 @@ def reading(model: nn.Module, sites: Iterable[Site]) -> Iterator[dict[Site, Tens
 
     def first(site: Site, args: tuple, kwargs: dict, output: object) -> None:
         value = output if site.side == "output" else (args[0] if args else kwargs["hidden_states"])
-        seen[site] = value[0] if isinstance(value, tuple) else value
+        # A copy: Falcon adds to what its MLP returned, in place.
+        seen[site] = (value[0] if isinstance(value, tuple) else value).clone()
 
     handles = [
         model.get_submodule(site.path).register_forward_hook(

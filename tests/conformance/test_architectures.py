@@ -2,17 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
-from tiny import CONFIGS, LAYERS, D, assert_same, hook_count, random_plan, reading, snapshot, tiny, token_ids
+from rowkit import (
+    ABSENT,
+    CASES,
+    MOE,
+    POST_LAYERNORM,
+    POST_NORM,
+    SLOTS,
+    baked_kinds,
+    bakes,
+    gap,
+    outputs,
+    patched_part,
+    patched_row,
+    weights,
+)
+from tiny import (
+    CONFIGS,
+    DECODERS,
+    LAYERS,
+    D,
+    assert_same,
+    hook_count,
+    random_plan,
+    reading,
+    snapshot,
+    tiny,
+    tiny_inputs,
+    token_ids,
+)
 from torch import Tensor, nn
 
-from repe_unlearn import architectures
-from repe_unlearn.architectures import FAMILIES, KINDS, Architecture, Family, Kind, Read, Write, supported
+from repe_unlearn.architectures import (
+    FAMILIES,
+    IN_BLOCK,
+    KINDS,
+    Absent,
+    Architecture,
+    Experts,
+    Kind,
+    Read,
+    Write,
+    supported,
+)
 from repe_unlearn.errors import (
     InputError,
     NotBakeableError,
@@ -25,111 +61,89 @@ from repe_unlearn.hooks import apply
 from repe_unlearn.sites import Site
 from repe_unlearn.taps import tap
 
-IN_BLOCK: tuple[Kind, ...] = ("attn_in", "mlp_in", "attn_out", "mlp_out")
-BAKED: tuple[Kind, ...] = (*IN_BLOCK, "final")
-
-# Where an eraser's constant has a bias slot, written down by hand from the families' own configs and modules.
-SLOTS: dict[str, set[Kind]] = {
-    "llama": {"attn_in", "mlp_in", "attn_out", "mlp_out"},
-    "mistral": set(),
-    "qwen2": {"attn_in"},
-    "qwen3": {"attn_in", "attn_out"},
-    "gemma2": {"attn_in"},
-    "olmo2": {"attn_in"},
-    "gpt2": {"attn_in", "mlp_in", "attn_out", "mlp_out"},
-    "gpt_neox": {"attn_in", "mlp_in", "attn_out", "mlp_out"},
-}
-POST_NORM = {"gemma2", "olmo2"}
-SEVERAL_READERS = [
+SEVERAL_READERS: list[tuple[str, Kind]] = [
     (name, kind)
-    for family in FAMILIES
-    for name in family.model_types
-    for kind in ("attn_in", "mlp_in")
-    if len(getattr(family, kind).readers) > 1
+    for name, kind in baked_kinds()
+    if kind in ("attn_in", "mlp_in")
+    and len(weights(CASES[name].arch(CASES[name].model()).layouts[0], kind)) > 1
 ]
 
-families = pytest.mark.parametrize("model_type", supported())
-kinds = pytest.mark.parametrize("kind", BAKED)
-
-
-def exact(model_type: str, kind: Kind) -> bool:
-    return not (model_type in POST_NORM and kind in ("attn_out", "mlp_out"))
-
-
-def row(model_type: str) -> Family:
-    return next(family for family in FAMILIES if model_type in family.model_types)
-
-
-@torch.no_grad()
-def outputs(model: nn.Module, ids: Tensor) -> dict[str, Tensor]:
-    """Logits and the residual stream after every block, read with plain hooks."""
-    blocks = Architecture.of(model).sites("resid_post")
-    with reading(model, blocks) as seen:
-        logits = model(ids).logits
-    return {"logits": logits, **{str(site): seen[site] for site in blocks}}
-
-
-def gap(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """Largest difference between two runs, relative to the size of each tensor."""
-    assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).abs().max() / a[name].abs().max()) for name in a)
-
-
-@contextmanager
-def patched_row(monkeypatch: pytest.MonkeyPatch, model_type: str, **changes: object) -> Iterator[None]:
-    with monkeypatch.context() as m:
-        table = tuple(replace(f, **changes) if model_type in f.model_types else f for f in FAMILIES)
-        m.setattr(architectures, "FAMILIES", table)
-        yield
+cases = pytest.mark.parametrize("name", CASES)
+kinds = pytest.mark.parametrize(("name", "kind"), baked_kinds())
 
 
 # The table itself
 
 
 def test_every_row_has_a_tiny_model_and_expectations() -> None:
-    assert set(supported()) == set(CONFIGS) == set(SLOTS)
-    assert len(supported()) == len(set(supported())) == sum(len(f.model_types) for f in FAMILIES)
+    assert set(supported()) == set(CONFIGS)
+    assert len(supported()) >= 30
+    assert set(SLOTS) == set(CASES)
+    bound = [case.arch(case.model()) for case in CASES.values()]
+    reached = {(FAMILIES.index(arch.family), layout) for arch in bound for layout in arch.layouts}
+    assert reached == {(i, layout) for i, family in enumerate(FAMILIES) for layout in family.layouts}
 
 
-@families
-def test_every_name_resolves(model_type: str) -> None:
-    model = tiny(model_type)
-    arch = Architecture.of(model)
-    assert (arch.model_type, arch.n_layers) == (model_type, LAYERS)
-    for kind in KINDS:
+@cases
+def test_every_name_resolves(name: str) -> None:
+    case = CASES[name]
+    model = case.model()
+    arch = case.arch(model)
+    assert (arch.model_type, arch.n_layers) == (case.model_type, LAYERS)
+    for kind in arch.kinds:
         sites = arch.sites(kind)
         assert len(sites) == len(set(sites)) == (1 if kind == "final" else LAYERS)
         for layer, site in enumerate(sites):
             assert isinstance(site.module(model), nn.Module)
             assert arch.locate(site) == (kind, LAYERS if kind == "final" else layer)
-    for layer in range(LAYERS):
+    side = 0 if arch.family.transposed else 1
+    for layer, layout in enumerate(arch.layouts):
         block = model.get_submodule(arch.block(layer))
-        for part in (arch.family.attn_in, arch.family.mlp_in):
-            for reader in part.readers:
-                weight = block.get_submodule(reader).weight
-                assert weight.shape[0 if arch.family.transposed else 1] == D
-        for part in (arch.family.attn_out, arch.family.mlp_out):
-            weight = block.get_submodule(part.writer).weight
-            assert weight.shape[1 if arch.family.transposed else 0] == D
-            if part.norm is not None:
+        for kind in set(arch.kinds) & set(IN_BLOCK):
+            part = layout.part(kind)
+            for weight in weights(layout, kind):
+                if isinstance(weight, Experts):
+                    axis = weight.axes.index("i" if isinstance(part, Read) else "o")
+                    assert block.get_parameter(weight.path).shape[axis] == D
+                    assert weight.bias is None or block.get_parameter(weight.bias).ndim == 2
+                else:
+                    wide = block.get_submodule(weight).weight.shape
+                    assert wide[side if isinstance(part, Read) else 1 - side] == D
+            if isinstance(part, Write) and part.norm is not None:
                 assert block.get_submodule(part.norm).weight.shape == (D,)
-        for names in arch.family.bias_switches.values():
-            assert all(isinstance(block.get_submodule(name), nn.Module) for name in names)
-    assert all(isinstance(model.get_submodule(name), nn.Embedding) for name in arch.family.embeddings)
-    assert [model.get_submodule(name) for name in arch.family.final.readers] == [
-        model.get_output_embeddings()
-    ]
-    assert model.get_submodule(arch.family.embeddings[0]) is model.get_input_embeddings()
+    if isinstance(arch.family.final, Read) and not arch.family.final.hook_only:
+        (head,) = arch.family.final.readers
+        heads = (model.get_output_embeddings(), getattr(model, "classifier", None))
+        assert model.get_submodule(str(head)) in heads
+    if case.model_type != "vit":
+        table = model.get_submodule(arch.path(arch.family.embeddings[0])).weight
+        assert table is model.get_input_embeddings().weight
 
 
-@families
-def test_the_tiny_model_hides_nothing(model_type: str) -> None:
+@cases
+def test_the_tiny_model_hides_nothing(name: str) -> None:
     """Gains of 1, biases of 0 or a constant stream would let wrong rows pass."""
-    model = tiny(model_type)
-    for name, p in model.named_parameters():
-        assert p.std() > 1e-2, name
-    run = outputs(model, token_ids())
+    model = CASES[name].model()
+    for parameter, p in model.named_parameters():
+        assert p.std() > 1e-2, parameter
+    run = outputs(CASES[name], model)
     assert all(bool(torch.isfinite(value).all()) and value.std() > 1e-2 for value in run.values())
+
+
+@cases
+def test_what_a_family_lacks_is_said_by_name(name: str) -> None:
+    case = CASES[name]
+    arch = case.arch(case.model())
+    lacking = ABSENT.get(name, frozenset()) | (
+        set() if case.stack == "decoder" else {"cross_in", "cross_out"}
+    )
+    assert set(arch.kinds) == set(KINDS) - lacking
+    assert set(arch.reads) == {"attn_in", "mlp_in", "cross_in"} - lacking
+    for kind in lacking:
+        with pytest.raises(InputError, match=rf"{case.model_type} has no {kind}: \w+") as caught:
+            arch.sites("attn_in", kind)
+        if kind in ("mlp_in", "final"):
+            assert "ask for" in str(caught.value)
 
 
 def test_sites_by_layer_and_their_errors() -> None:
@@ -149,7 +163,13 @@ def test_sites_by_layer_and_their_errors() -> None:
         arch.sites("attention")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="got site kinds"):
         arch.sites()
-    for foreign in ("model.layers.0.mlp", "model.embed_tokens", "model.layers", "model.layers.0.self_attn"):
+    for foreign in (
+        "model.layers.0.mlp",
+        "model.embed_tokens",
+        "model.layers",
+        "model.layers.0.self_attn",
+        "model.layers.9.input_layernorm",
+    ):
         assert arch.locate(Site(foreign)) is None
     assert arch.locate(Site("model.layers.0.input_layernorm", "input")) is None
 
@@ -157,146 +177,166 @@ def test_sites_by_layer_and_their_errors() -> None:
 # What the sites are
 
 
-@pytest.mark.parametrize(
-    ("model_type", "changes"),
-    [*((name, {}) for name in supported()), ("gpt_neox", {"use_parallel_residual": False})],
-)
-def test_the_sublayers_write_all_there_is_in_the_stream(model_type: str, changes: dict) -> None:
-    """Block output - block input = attn_out + mlp_out, so these sites are everything that is written."""
-    model = tiny(model_type, **changes)
-    arch = Architecture.of(model)
-    with reading(model, arch.sites(*KINDS)) as seen, torch.no_grad():
-        model(token_ids())
-    columns = zip(*(arch.sites(k) for k in ("resid_pre", "attn_out", "mlp_out", "resid_post")), strict=True)
-    for before, attention, mlp, after in columns:
-        written = seen[after] - seen[before]
-        torch.testing.assert_close(written, seen[attention] + seen[mlp], rtol=0, atol=1e-12)
-        assert (written - seen[attention]).abs().max() > 1e-2  # control: one of the two is not enough
-    for after, before in zip(arch.sites("resid_post"), arch.sites("resid_pre")[1:], strict=False):
-        assert torch.equal(seen[after], seen[before])
+@cases
+def test_the_sublayers_write_all_there_is_in_the_stream(name: str) -> None:
+    """Block output - block input = the sum of the writes, so these sites are everything that is written."""
+    case = CASES[name]
+    model = case.model()
+    arch = case.arch(model)
+    with reading(model, arch.sites(*arch.kinds)) as seen, torch.no_grad():
+        model(**tiny_inputs(case.model_type))
+    out = [kind for kind in ("attn_out", "cross_out", "mlp_out") if kind in arch.kinds]
+    scale = getattr(model.config, arch.family.residual_scale) if arch.family.residual_scale else 1.0
+    assert arch.family.post_layernorm == (name in POST_LAYERNORM)
+    previous = None
+    for layer in range(LAYERS):
+        before, after = (seen[arch.sites(kind, layers=[layer])[0]] for kind in ("resid_pre", "resid_post"))
+        writes = [seen[site].reshape(before.shape) for site in arch.sites(*out, layers=[layer])]
+        if name in POST_LAYERNORM:
+            block = model.get_submodule(arch.block(layer))
+            first, second = (block.get_submodule(norm) for norm in POST_LAYERNORM[name])
+            expected = second(first(before + writes[0]) + writes[1])
+            control = second(before + writes[0] + writes[1])
+        else:
+            expected, control = before + scale * sum(writes), before + scale * writes[0]
+        torch.testing.assert_close(after, expected, rtol=0, atol=1e-10)
+        assert (after - control).abs().max() > 1e-2  # control: one of the writes is not enough
+        assert previous is None or torch.equal(before, previous)
+        previous = after
 
 
-@families
-def test_embeddings_are_all_that_is_written_before_the_first_block(model_type: str) -> None:
-    first = Architecture.of(tiny(model_type)).sites("resid_pre", layers=[0])
-    embeddings = row(model_type).embeddings
+@cases
+def test_the_stream_is_what_transformers_calls_hidden_states(name: str) -> None:
+    case = CASES[name]
+    model = case.model(dtype=torch.float32)
+    arch = case.arch(model)
+    inputs = tiny_inputs(case.model_type, dtype=torch.float32)
+    with reading(model, arch.sites("resid_pre", "resid_post")) as seen, torch.no_grad():
+        result = model(**inputs, output_hidden_states=True)
+    states = result[f"{arch.family.stack}_hidden_states" if arch.family.stack else "hidden_states"]
+    assert len(states) == LAYERS + 1
+    for layer, site in enumerate(arch.sites("resid_pre")):
+        torch.testing.assert_close(seen[site], states[layer], rtol=0, atol=1e-6)
+        other = states[(layer + 1) % LAYERS]
+        assert (seen[site] - other).abs().max() > 1e-2  # control: another layer shows
+    last = seen[arch.sites("resid_post")[-1]]
+    if (
+        "final" in arch.kinds and case.model_type != "vit"
+    ):  # decoders put the last state through the final norm
+        last = model.get_submodule(arch.sites("final")[0].path)(last)
+    if name != "opt-350m":  # its last state is projected to the width of the embeddings
+        torch.testing.assert_close(last, states[-1], rtol=0, atol=1e-6)
+
+
+@cases
+def test_embeddings_are_all_that_is_written_before_the_first_block(name: str) -> None:
+    case = CASES[name]
+    family = case.arch(case.model()).family
 
     def stream(zeroed: tuple[str, ...]) -> Tensor:
-        model = tiny(model_type)
-        for name in zeroed:
-            model.get_submodule(name).weight.zero_()
+        model = case.model()
+        for path in zeroed:
+            owner, _, leaf = path.rpartition(".")
+            part = getattr(model.get_submodule(owner), leaf)
+            for p in (part,) if isinstance(part, Tensor) else part.parameters():
+                p.zero_()
+        first = case.arch(model).sites("resid_pre", layers=[0])
         with reading(model, first) as seen:
-            model(token_ids())
-        return seen[first[0]]
+            model(**tiny_inputs(case.model_type))
+        norm = family.embedding_norm
+        return seen[first[0]] - (model.get_submodule(norm).bias if norm else 0.0)
 
-    assert not stream(embeddings).any()
-    for kept in embeddings:  # control: each one writes
-        assert stream(tuple(name for name in embeddings if name != kept)).abs().max() > 1e-2
+    assert stream(family.embeddings).abs().max() == 0
+    for kept in family.embeddings:  # control: each one writes
+        assert stream(tuple(name for name in family.embeddings if name != kept)).abs().max() > 1e-2
 
 
 # Readers: blind after baking
 
 
-def nudged(model: nn.Module, sites: tuple[Site, ...], step: Tensor, ids: Tensor) -> dict[str, Tensor]:
+def nudged(name: str, model: nn.Module, sites: tuple[Site, ...], step: Tensor) -> dict[str, Tensor]:
     with tap(model, dict.fromkeys(sites, lambda x: x + step)):
-        return outputs(model, ids)
+        return outputs(CASES[name], model)
 
 
-@families
-@pytest.mark.parametrize("kind", ["attn_in", "mlp_in", "final"])
-def test_readers_are_all_consumers_of_the_site(model_type: str, kind: Kind) -> None:
+@pytest.mark.parametrize(("name", "kind"), [(n, k) for n, k in baked_kinds() if not k.endswith("_out")])
+def test_readers_are_all_consumers_of_the_site(name: str, kind: Kind) -> None:
     """After baking nothing downstream sees a push along what was removed: the row misses no consumer."""
-    model, ids = tiny(model_type), token_ids()
-    sites = Architecture.of(model).sites(kind)
-    plan = random_plan(model, sites[:1], rank=4, affine=False)
+    case = CASES[name]
+    model = case.model()
+    arch = case.arch(model)
+    sites = arch.sites(kind, layers=[0])
+    plan = random_plan(model, sites, rank=4, affine=False)
     step = 3 * plan[sites[0]].left @ torch.tensor([1.0, -2.0, 0.5, 1.5], dtype=torch.float64)
-    before = outputs(model, ids)
-    assert gap(before, nudged(model, sites[:1], step, ids)) > 1e-3  # control: the site matters
+    before = outputs(case, model)
+    assert gap(before, nudged(name, model, sites, step)) > 1e-3  # control: the site matters
     bake(model, plan).apply_(model)
-    assert gap(outputs(model, ids), nudged(model, sites[:1], step, ids)) <= 1e-10
-    part = getattr(row(model_type), kind)
-    for reader in part.readers:
-        name = reader if kind == "final" else f"{row(model_type).blocks}.0.{reader}"
-        weight = model.get_submodule(name).weight
-        weight = weight.T if row(model_type).transposed and kind != "final" else weight
-        assert (weight @ plan[sites[0]].left).abs().max() <= 1e-12
+    assert gap(outputs(case, model), nudged(name, model, sites, step)) <= 1e-10
 
 
 # Hook == bake
 
 
-@families
 @kinds
 @pytest.mark.parametrize("affine", [True, False])
-def test_hook_equals_bake(model_type: str, kind: Kind, affine: bool) -> None:
-    model, ids = tiny(model_type), token_ids()
-    sites = Architecture.of(model).sites(kind)
+def test_hook_equals_bake(name: str, kind: Kind, affine: bool) -> None:
+    case = CASES[name]
+    model = case.model()
+    sites = case.arch(model).sites(kind)
     plan = random_plan(model, sites, affine=affine)
-    if not exact(model_type, kind):
-        with pytest.raises(NotBakeableError, match="stands between") as caught:
-            bake(model, plan)
-        assert 'allow="erasure-exact"' in caught.value.instead
-        return
-    if affine and kind not in SLOTS[model_type]:
+    if affine and kind not in SLOTS[name]:
         with pytest.raises(NotBakeableError, match="has no bias") as caught:
             bake(model, plan)
         assert caught.value.site == sites[0]
         assert "affine=False" in caught.value.instead
         return
-    base, before = outputs(model, ids), snapshot(model)
+    base, before = outputs(case, model), snapshot(model)
     patch = bake(model, plan)
     assert_same(before, model)  # baking touches nothing
     with apply(model, plan):
-        hooked = outputs(model, ids)
+        hooked = outputs(case, model)
     assert hook_count(model) == 0
     assert_same(before, model)
     patch.apply_(model)
-    baked = outputs(model, ids)
+    baked = outputs(case, model)
     assert gap(hooked, baked) <= 1e-10
     assert gap(base, baked) > 1e-3  # control: it does something
     assert fingerprint(model) != before["fingerprint"]
     assert dict(patch.exactness) == dict.fromkeys(map(str, sites), "exact")
     patch.revert_(model)
     assert_same(before, model)
-    assert gap(base, outputs(model, ids)) == 0.0
+    assert gap(base, outputs(case, model)) == 0.0
 
 
-@families
-def test_all_bakeable_sites_at_once(model_type: str) -> None:
-    model, ids = tiny(model_type), token_ids()
-    wanted = [kind for kind in BAKED if exact(model_type, kind)]
-    plan = random_plan(model, Architecture.of(model).sites(*wanted), rank=1, affine=False)
+@cases
+def test_all_bakeable_sites_at_once(name: str) -> None:
+    case = CASES[name]
+    model = case.model()
+    arch = case.arch(model)
+    wanted = [kind for kind in arch.kinds if bakes(name, kind) == "exact"]
+    plan = random_plan(model, arch.sites(*wanted), rank=1, affine=False)
     with apply(model, plan):
-        hooked = outputs(model, ids)
-    base = outputs(model, ids)
+        hooked = outputs(case, model)
+    base = outputs(case, model)
     bake(model, plan).apply_(model)
-    assert gap(hooked, outputs(model, ids)) <= 1e-9
+    assert gap(hooked, outputs(case, model)) <= 1e-9
     assert gap(hooked, base) > 1e-3
 
 
-def test_parallel_and_serial_neox() -> None:
-    for parallel in (True, False):
-        model, ids = tiny("gpt_neox", use_parallel_residual=parallel), token_ids()
-        plan = random_plan(model, Architecture.of(model).sites(*IN_BLOCK))
-        with apply(model, plan):
-            hooked = outputs(model, ids)
-        bake(model, plan).apply_(model)
-        assert gap(hooked, outputs(model, ids)) <= 1e-9
-
-
-@families
+@pytest.mark.parametrize("model_type", DECODERS)
 @pytest.mark.parametrize("tied", [True, False])
 def test_final_tied_and_untied(model_type: str, tied: bool) -> None:
-    model, ids = tiny(model_type, tie_word_embeddings=tied), token_ids()
+    case = CASES[model_type]
+    model = case.model(tie_word_embeddings=tied)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert (embedding.weight is head.weight) is tied
     plan = random_plan(model, Architecture.of(model).sites("final"), affine=False)
     before, old = snapshot(model), embedding.weight.clone()
-    base = outputs(model, ids)
+    base = outputs(case, model)
     with apply(model, plan):
-        hooked = outputs(model, ids)
+        hooked = outputs(case, model)
     patch = bake(model, plan).apply_(model)
-    baked = outputs(model, ids)
+    baked = outputs(case, model)
     assert gap(hooked, baked) <= 1e-10
     assert gap(base, baked) > 1e-3
     assert patch.untie is tied
@@ -309,109 +349,126 @@ def test_final_tied_and_untied(model_type: str, tied: bool) -> None:
     assert (embedding.weight is head.weight) is tied
 
 
-@pytest.mark.parametrize(("model_type", "kind"), SEVERAL_READERS)
-def test_a_dropped_reader_is_detected(model_type: str, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    part: Read = getattr(row(model_type), kind)
-    model, ids = tiny(model_type), token_ids()
-    plan = random_plan(model, Architecture.of(model).sites(kind), affine=False)
+@pytest.mark.parametrize(("name", "kind"), SEVERAL_READERS)
+def test_a_dropped_reader_is_detected(name: str, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[name]
+    model = case.model()
+    arch = case.arch(model)
+    part = arch.layouts[0].part(kind)
+    assert isinstance(part, Read)
+    plan = random_plan(model, arch.sites(kind, layers=[0]), affine=False)
     with apply(model, plan):
-        hooked = outputs(model, ids)
+        hooked = outputs(case, model)
     for dropped in part.readers:
-        short = replace(part, readers=tuple(name for name in part.readers if name != dropped))
-        with patched_row(monkeypatch, model_type, **{kind: short}):
+        short = replace(part, readers=tuple(reader for reader in part.readers if reader != dropped))
+        with patched_part(monkeypatch, case, kind, short):
             patch = bake(model, plan).apply_(model)
-        assert gap(hooked, outputs(model, ids)) > 1e-4, f"{dropped} could be missing"
+        assert gap(hooked, outputs(case, model)) > 1e-4, f"{dropped} could be missing"
         patch.revert_(model)
 
 
-@pytest.mark.parametrize("model_type", sorted(set(supported()) - POST_NORM))
-@pytest.mark.parametrize("kind", ["attn_out", "mlp_out"])
-def test_a_wrong_writer_is_detected(model_type: str, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    other: Write = getattr(row(model_type), "mlp_out" if kind == "attn_out" else "attn_out")
-    model, ids = tiny(model_type), token_ids()
-    plan = random_plan(model, Architecture.of(model).sites(kind), affine=False)
+@pytest.mark.parametrize(
+    ("name", "kind"), [(n, k) for n, k in baked_kinds() if k.endswith("_out") and n not in MOE]
+)
+def test_a_wrong_writer_is_detected(name: str, kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = CASES[name]
+    model = case.model()
+    arch = case.arch(model)
+    part, other = (arch.part(k) for k in (kind, "mlp_out" if kind == "attn_out" else "attn_out"))
+    assert isinstance(part, Write)
+    assert isinstance(other, Write)
+    plan = random_plan(model, arch.sites(kind), affine=False)
     with apply(model, plan):
-        hooked = outputs(model, ids)
-    wrong = replace(getattr(row(model_type), kind), writer=other.writer)
-    with patched_row(monkeypatch, model_type, **{kind: wrong}):
+        hooked = outputs(case, model)
+    with patched_part(monkeypatch, case, kind, replace(part, writers=other.writers)):
         bake(model, plan).apply_(model)
-    assert gap(hooked, outputs(model, ids)) > 1e-4
+    assert gap(hooked, outputs(case, model)) > 1e-4
 
 
 # Bias slots
 
 
-@families
-def test_bias_switches_say_what_the_config_does(model_type: str) -> None:
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].stack is None])
+def test_bias_switches_say_what_the_config_does(name: str) -> None:
     """The biases that a patch creates are exactly those that a model built with its config has."""
-    for switch, names in row(model_type).bias_switches.items():
-        off, on = (dict(tiny(model_type, **{switch: state}).named_parameters()) for state in (False, True))
-        expected = {f"{row(model_type).blocks}.{i}.{name}.bias" for i in range(LAYERS) for name in names}
-        assert set(on) - set(off) == expected
+    case = CASES[name]
+    model = case.model()
+    arch = case.arch(model)
+    modules = dict(model.named_modules())
+    for switch, names in arch.family.bias_switches.items():
+        off, on = (dict(case.model(**{switch: state}).named_parameters()) for state in (False, True))
+        slots = {f"{arch.block(i)}.{name}" for i in range(LAYERS) for name in names}
+        assert set(on) - set(off) == {f"{slot}.bias" for slot in slots & set(modules)}
         assert not set(off) - set(on)
 
 
 @pytest.mark.parametrize(
-    ("model_type", "kind"), [(name, kind) for name in SLOTS for kind in sorted(SLOTS[name])]
+    ("name", "kind"), [(name, kind) for name, kind in baked_kinds() if kind in SLOTS[name]]
 )
-def test_created_biases_fit_a_model_of_the_new_config(model_type: str, kind: Kind) -> None:
+def test_created_biases_fit_a_model_of_the_new_config(name: str, kind: Kind) -> None:
     """One layer is edited; plain transformers builds the same model from the patched config and weights."""
-    model, ids = tiny(model_type), token_ids()
-    patch = bake(model, random_plan(model, Architecture.of(model).sites(kind, layers=[1])))
+    case = CASES[name]
+    model = case.model()
+    patch = bake(model, random_plan(model, case.arch(model).sites(kind, layers=[1])))
+    assert bool(patch.new_biases) == bool(patch.config_updates)
+    assert set(patch.new_biases) <= set(patch.edits)
+    assert not set(patch.zero_biases) & set(patch.edits)
+    if not patch.new_biases:
+        return
     patch.apply_(model)
     fresh = type(model)(model.config).eval().to(torch.float64)
     assert fresh.load_state_dict(model.state_dict(), strict=True)
-    assert gap(outputs(model, ids), outputs(fresh, ids)) <= 1e-12
-    for name in patch.zero_biases:
-        assert not model.get_parameter(name).any()
-    assert not set(patch.zero_biases) & set(patch.edits)
-    assert set(patch.new_biases) <= set(patch.edits)
-    assert bool(patch.new_biases) == bool(patch.config_updates)
+    assert gap(outputs(case, model), outputs(case, fresh)) <= 1e-12
+    for bias in patch.zero_biases:
+        assert not model.get_parameter(bias).any()
 
 
 def test_existing_biases_are_edited_not_replaced() -> None:
-    model, ids = tiny("llama", attention_bias=True, mlp_bias=True), token_ids()
-    plan = random_plan(model, Architecture.of(model).sites(*IN_BLOCK))
+    case = CASES["llama"]
+    model = case.model(attention_bias=True, mlp_bias=True)
+    plan = random_plan(model, Architecture.of(model).sites("attn_in", "mlp_in", "attn_out", "mlp_out"))
     with apply(model, plan):
-        hooked = outputs(model, ids)
+        hooked = outputs(case, model)
     patch = bake(model, plan)
     assert not patch.new_biases
     assert not patch.zero_biases
     assert not patch.config_updates
     patch.apply_(model)
-    assert gap(hooked, outputs(model, ids)) <= 1e-9
+    assert gap(hooked, outputs(case, model)) <= 1e-9
 
 
-@families
-def test_exactness_names_the_class_of_every_kind(model_type: str) -> None:
-    model = tiny(model_type)
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].stack != "decoder"])
+def test_exactness_names_the_class_of_every_kind(name: str) -> None:
+    model = CASES[name].model()
     before = snapshot(model)
     found = exactness(model)
     assert_same(before, model)
-    assert set(found) == set(KINDS)
+    assert set(found) == set(Architecture.of(model).kinds)
     for kind, by_form in found.items():
         assert set(by_form) == {"affine", "linear"}
         for form, answer in by_form.items():
+            rule = bakes(name, kind)
             if kind in ("resid_pre", "resid_post"):
                 assert answer.startswith("hook only: the residual stream")
-            elif not exact(model_type, kind):
-                assert answer == "erasure-exact"
-            elif form == "affine" and kind not in SLOTS[model_type]:
+            elif not rule:
+                assert answer.startswith("hook only: ")
+            elif rule == "exact" and form == "affine" and kind not in SLOTS[name]:
                 assert answer.startswith("hook only: ")
                 assert "has no bias" in answer
             else:
-                assert answer == "exact"
+                assert answer == rule
 
 
 # What cannot be baked
 
 
-@families
+@cases
 @pytest.mark.parametrize("kind", ["resid_pre", "resid_post"])
-def test_residual_sites_are_refused(model_type: str, kind: Kind) -> None:
-    model = tiny(model_type)
+def test_residual_sites_are_refused(name: str, kind: Kind) -> None:
+    case = CASES[name]
+    model = case.model()
     before = snapshot(model)
-    plan = random_plan(model, Architecture.of(model).sites(kind, layers=[1]), affine=False)
+    plan = random_plan(model, case.arch(model).sites(kind, layers=[1]), affine=False)
     for allow in ("exact", "erasure-exact"):
         with pytest.raises(NotBakeableError) as caught:
             bake(model, plan, allow=allow)
@@ -420,9 +477,9 @@ def test_residual_sites_are_refused(model_type: str, kind: Kind) -> None:
         assert "attn_in and mlp_in" in caught.value.instead
         assert "apply()" in caught.value.instead
     assert_same(before, model)
-    base = outputs(model, token_ids())
+    base = outputs(case, model)
     with apply(model, plan):  # as a hook it works
-        assert gap(base, outputs(model, token_ids())) > 1e-3
+        assert gap(base, outputs(case, model)) > 1e-3
 
 
 def test_sites_outside_the_row_are_refused() -> None:
@@ -437,15 +494,20 @@ def test_sites_outside_the_row_are_refused() -> None:
 @pytest.mark.parametrize("kind", ["attn_out", "mlp_out"])
 @pytest.mark.parametrize("affine", [True, False])
 def test_post_norm_bake_removes_what_the_eraser_reads(model_type: str, kind: Kind, affine: bool) -> None:
-    model = tiny(model_type, attention_bias=True)
+    case = CASES[model_type]
+    switches = Architecture.of(case.model()).family.bias_switches
+    model = case.model(**dict.fromkeys(switches, True))
     sites = Architecture.of(model).sites(kind)
     plan = random_plan(model, sites, affine=affine)
+    with pytest.raises(NotBakeableError, match="stands between") as caught:
+        bake(model, plan)
+    assert 'allow="erasure-exact"' in caught.value.instead
 
     def read() -> dict[Site, float]:
         largest = dict.fromkeys(sites, 0.0)
         for seed in range(3):
             with reading(model, sites) as seen:
-                model(token_ids(seed=seed))
+                model(token_ids(seed=seed, vocab=90))
             for site in sites:
                 value = float((seen[site] @ plan[site].right.T).abs().max())
                 largest[site] = max(largest[site], value)
@@ -454,14 +516,14 @@ def test_post_norm_bake_removes_what_the_eraser_reads(model_type: str, kind: Kin
     before = read()
     patch = bake(model, plan, allow="erasure-exact")
     assert dict(patch.exactness) == dict.fromkeys(map(str, sites), "erasure-exact")
-    base = outputs(model, token_ids())
+    base = outputs(case, model)
     saved = snapshot(model)
     patch.apply_(model)
     after = read()
     for site in sites:
         assert before[site] > 1e-2  # control
         assert after[site] <= 1e-6
-    assert gap(base, outputs(model, token_ids())) > 1e-3
+    assert gap(base, outputs(case, model)) > 1e-3
     patch.revert_(model)
     assert_same(saved, model)
 
@@ -470,13 +532,14 @@ def test_post_norm_bake_removes_what_the_eraser_reads(model_type: str, kind: Kin
 def test_post_norm_gain_is_needed(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Control for the gain: with a wrong offset the baked writer leaves something to read."""
     model = tiny(model_type)
-    site = Architecture.of(model).sites("mlp_out", layers=[0])[0]
+    arch = Architecture.of(model)
+    site = arch.sites("mlp_out", layers=[0])[0]
     plan = random_plan(model, [site])
-    with patched_row(monkeypatch, model_type, norm_offset=row(model_type).norm_offset + 0.5):
+    with patched_row(monkeypatch, model_type, norm_offset=arch.family.norm_offset + 0.5):
         patch = bake(model, plan, allow="erasure-exact")
     patch.apply_(model)
     with reading(model, [site]) as seen:
-        model(token_ids())
+        model(token_ids(vocab=90))
     assert (seen[site] @ plan[site].right.T).abs().max() > 1e-3
 
 
@@ -484,14 +547,11 @@ def test_post_norm_gain_is_needed(model_type: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_unknown_families_are_refused_with_a_way_out() -> None:
-    from transformers import BertConfig, BertModel, T5Config, T5ForConditionalGeneration
+    from transformers import MambaConfig, MambaModel, XLMConfig, XLMModel
 
-    size = {"vocab_size": 97, "num_hidden_layers": 1, "num_attention_heads": 2}
-    bert = BertModel(BertConfig(**size, hidden_size=16, intermediate_size=16))
-    t5 = T5ForConditionalGeneration(
-        T5Config(vocab_size=97, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
-    )
-    for model, name in ((bert, "'bert'"), (t5, "'t5'"), (nn.Linear(2, 2), "None")):
+    mamba = MambaModel(MambaConfig(vocab_size=97, hidden_size=16, num_hidden_layers=1, state_size=4))
+    xlm = XLMModel(XLMConfig(vocab_size=97, emb_dim=16, n_layers=1, n_heads=2))
+    for model, name in ((mamba, "'mamba'"), (xlm, "'xlm'"), (nn.Linear(2, 2), "None")):
         with pytest.raises(UnsupportedArchitectureError) as caught:
             Architecture.of(model)
         text = str(caught.value)
@@ -499,12 +559,53 @@ def test_unknown_families_are_refused_with_a_way_out() -> None:
         assert all(model_type in text for model_type in supported())
         assert "add a row to FAMILIES" in text
         assert "Site(" in text
+        assert ("no attention and MLP" in text) == (model is mamba)
 
 
-@families
-def test_a_model_without_its_head_is_refused(model_type: str) -> None:
-    with pytest.raises(UnsupportedModelError, match="load the whole model"):
-        Architecture.of(tiny(model_type).base_model)
+@pytest.mark.parametrize(
+    ("model_type", "setting"),
+    [("bloom", "apply_residual_connection_post_layernorm"), ("gpt2", "add_cross_attention")],
+)
+def test_settings_that_a_row_is_not_for_are_refused(model_type: str, setting: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"needed .*{setting}.*False") as caught:
+        Architecture.of(tiny(model_type, **{setting: True}))
+    assert "Site(" in str(caught.value)
+    assert Architecture.of(tiny(model_type, **{setting: False})).n_layers == LAYERS
+
+
+def test_a_block_with_replaced_modules_is_refused() -> None:
+    model = tiny("llama")
+    del model.model.layers[1].mlp.up_proj
+    with pytest.raises(UnsupportedModelError, match=r"block 1 has no mlp\.up_proj"):
+        Architecture.of(model)
+
+
+@pytest.mark.parametrize("model_type", sorted(set(supported()) - {"t5", "gemma3"}))
+def test_a_model_without_its_head_has_the_same_sites(model_type: str) -> None:
+    whole, headless = tiny(model_type), tiny(model_type, head="AutoModel")
+    arch, bare = Architecture.of(whole), Architecture.of(headless)
+    assert bare.kinds == arch.kinds
+    root = arch.family.blocks.partition(".")[0] + "."
+    assert [f"{root}{site}" for site in bare.sites(*bare.kinds)] == [str(s) for s in arch.sites(*arch.kinds)]
+    for kind in bare.kinds:
+        for layer, site in enumerate(bare.sites(kind)):
+            site.module(headless)
+            assert bare.locate(site) == (kind, LAYERS if kind == "final" else layer)
+    plan = random_plan(headless, bare.sites("attn_in"), affine=False)
+
+    @torch.no_grad()
+    def run() -> dict[str, Tensor]:
+        return {"last": headless(**tiny_inputs(model_type)).last_hidden_state}
+
+    base = run()
+    with apply(headless, plan):
+        hooked = run()
+    bake(headless, plan).apply_(headless)
+    assert gap(hooked, run()) <= 1e-10
+    assert gap(base, hooked) > 1e-3
+    if "final" in bare.kinds:
+        with pytest.raises(UnsupportedModelError, match="with its head"):
+            bake(headless, random_plan(headless, bare.sites("final"), affine=False))
 
 
 def test_another_head_cannot_be_baked_at_final() -> None:
@@ -516,9 +617,11 @@ def test_another_head_cannot_be_baked_at_final() -> None:
         bake(model, plan)
 
 
-def test_rows_are_frozen_and_kinds_are_complete() -> None:
+def test_rows_are_frozen_and_parts_are_of_the_right_sort() -> None:
     with pytest.raises(AttributeError):
         FAMILIES[0].blocks = "elsewhere"  # type: ignore[misc]
-    assert len(SEVERAL_READERS) == 12  # neither of the two families with fused readers
-    assert set(BAKED) == set(KINDS) - {"resid_pre", "resid_post"}
-    assert all(isinstance(getattr(family, kind), Read | Write) for family in FAMILIES for kind in BAKED)
+    for family in FAMILIES:
+        assert isinstance(family.final, Read | Absent)
+        for layout in family.layouts:
+            for kind in IN_BLOCK:
+                assert isinstance(layout.part(kind), (Read if kind.endswith("_in") else Write) | Absent)

@@ -177,6 +177,18 @@ def info(model: Model = "smollm2-135m", quiet: QuietOption = False) -> None:
 
 
 @app.command()
+def discover(model: Model, quiet: QuietOption = False) -> None:
+    """Find by experiment how a model without a row is built, and print the row to add to families.py."""
+    from . import discovery
+    from .models import load
+
+    with _errors():
+        found = discovery.discover(load(model, dtype="float32", progress=not quiet).model)
+    for line in (*(f"# {note}" for note in found.notes), *found.text.rstrip().splitlines()):
+        console.print(_escape(line), soft_wrap=True, highlight=False)
+
+
+@app.command()
 def fit(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Plan file to write (.safetensors).")],
@@ -185,9 +197,10 @@ def fit(
     sites: Annotated[
         str,
         typer.Option(
-            help="Site kinds, comma-separated: attn_in, mlp_in, attn_out, mlp_out, resid_pre, resid_post, final."
+            help="Site kinds, comma-separated: attn_in, mlp_in, attn_out, mlp_out, resid_pre, resid_post, final; "
+            "reads: all that the layers of this family read."
         ),
-    ] = "attn_in,mlp_in",
+    ] = "reads",
     layers: Annotated[str, typer.Option(help="Layers, e.g. '0-9,20' (default all).")] = "",
     solver: Annotated[str, typer.Option(help=f"One of {', '.join(_SOLVERS)}.")] = "leace",
     linear: Annotated[
@@ -207,6 +220,19 @@ def fit(
         bool,
         typer.Option("--independent", help="Fit every site on the untouched model instead of in sequence."),
     ] = False,
+    memory: Annotated[
+        str,
+        typer.Option(
+            help="Most activations that wait in memory during a fit in sequence; more waits in files."
+        ),
+    ] = "4GiB",
+    scratch: Annotated[Path | None, typer.Option(help="Folder for those files.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            help="File in which --independent keeps its state, and from which it goes on after an interruption."
+        ),
+    ] = None,
     seed: SeedOption = 0,
     force: ForceOption = False,
     quiet: QuietOption = False,
@@ -214,8 +240,12 @@ def fit(
     """Fit erasers on labelled prompts and write a plan.
 
     The prompts are split first; the held-out part is for 'verify', which finds the same split from the plan.
+
+    Started with 'torchrun -m repe_unlearn fit ...' the processes share the prompts; the first one writes.
     """
-    with _errors():
+    from .ranks import process_group
+
+    with _errors(), process_group() as rank:
         _refuse_taken(out, force)
         from . import solvers
         from .activations import capture
@@ -227,6 +257,9 @@ def fit(
 
         if solver not in _SOLVERS:
             raise InputError(f"got solver {solver!r}; needed one of {', '.join(_SOLVERS)}.")
+        if resume is not None and not independent:
+            raise InputError("--resume needs --independent: a fit in sequence keeps all prompts in flight.")
+        quiet = quiet or rank > 0
         method = getattr(solvers, solver)
         chosen = partial(method, affine=False) if linear else method
         chosen_layers = _layers(layers)
@@ -234,10 +267,11 @@ def fit(
         fitting, _ = recipe.split()
         loaded = load(model, progress=not quiet)
         arch = Architecture.of(loaded.model)
-        where = arch.sites(*sites.replace(" ", "").split(","), layers=chosen_layers)  # type: ignore[arg-type]  # sites() checks the kinds
+        kinds = arch.reads if sites == "reads" else sites.replace(" ", "").split(",")
+        where = arch.sites(*kinds, layers=chosen_layers)  # type: ignore[arg-type]  # sites() checks the kinds
         options = {"select": select, "progress": not quiet}
         if independent:
-            moments = capture(loaded.model, loaded.tokenizer, fitting, where, **options)
+            moments = capture(loaded.model, loaded.tokenizer, fitting, where, resume=resume, **options)
             facts = {
                 "concept": fitting.name,
                 "prompts": str(len(fitting)),
@@ -254,11 +288,14 @@ def fit(
                 where,
                 chosen,
                 provenance=recipe.record(fitting),
+                memory=memory,
+                scratch=scratch,
                 **options,
             )
-        plan.save(out, force=force)
-    console.print(_escape(repr(plan)))
-    _written("written", out)
+        if rank == 0:
+            plan.save(out, force=force)
+            console.print(_escape(repr(plan)))
+            _written("written", out)
 
 
 @app.command()

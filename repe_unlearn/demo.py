@@ -142,7 +142,7 @@ def _run(
     fit, heldout = step("prompts", recipe.split)
     say(str(fit.describe()))
     arch = Architecture.of(network)
-    sites = arch.sites("attn_in", "mlp_in", layers=range(0, arch.n_layers, size.every))
+    sites = arch.sites(*arch.reads, layers=range(0, arch.n_layers, size.every))
     fitting = {"select": "mean", "progress": progress, "provenance": recipe.record(fit)}
     plan = step("fit LEACE", lambda: fit_sequential(network, tokenizer, fit, sites, leace, **fitting))
     other = step(

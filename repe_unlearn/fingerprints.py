@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from repe_unlearn.errors import UnsupportedModelError
+from repe_unlearn.placement import require_whole, stored_parameters
 
 __all__ = ["fingerprint"]
 
@@ -20,7 +21,8 @@ def fingerprint(model: nn.Module) -> str:
 
     Every parameter contributes its name, its shape and 64 evenly spaced elements rounded to bfloat16;
     a parameter with two names (tied embeddings) contributes once. Hooks, buffers, train / eval mode and
-    `torch.compile` leave the print alone. Only the sampled elements travel to the CPU.
+    `torch.compile` leave the print alone, and so does offloading by accelerate to CPU memory or disk, from
+    where the values are read. Only the sampled elements travel to the CPU.
 
     The print identifies, it does not protect: an edit of a few single elements can miss all samples.
     A float16 copy has the same print only where float16 holds the values exactly.
@@ -29,7 +31,8 @@ def fingerprint(model: nn.Module) -> str:
         model: any module with materialised parameters; `model.config.model_type` enters when it exists.
 
     Raises:
-        UnsupportedModelError: a parameter has no values (meta device), as with disk or CPU offload.
+        UnsupportedModelError: a parameter has no values (meta device and not offloaded by accelerate), or the
+            model is sharded over ranks or wrapped in DDP.
 
     Example:
         >>> from torch import nn
@@ -38,7 +41,8 @@ def fingerprint(model: nn.Module) -> str:
         True
     """
     config = getattr(model, "config", None)
-    return digest(getattr(config, "model_type", ""), (_sampled(n, p) for n, p in model.named_parameters()))
+    require_whole(model)
+    return digest(getattr(config, "model_type", ""), (_sampled(n, p) for n, p in stored_parameters(model)))
 
 
 def digest(model_type: str, samples: Iterable[tuple[str, tuple[int, ...], Tensor]]) -> str:
@@ -60,11 +64,11 @@ def sample_positions(numel: int) -> list[int]:
     return [(i * (numel - 1)) // (_SAMPLES - 1) for i in range(_SAMPLES)]
 
 
-def _sampled(name: str, parameter: nn.Parameter) -> tuple[str, tuple[int, ...], Tensor]:
+def _sampled(name: str, parameter: Tensor) -> tuple[str, tuple[int, ...], Tensor]:
     if parameter.is_meta:
         raise UnsupportedModelError(
-            f"Parameter {name!r} is on the meta device (offloaded, or never loaded) and has no values. "
-            "Load the model with all weights in CPU or GPU memory (no disk or CPU offload)."
+            f"Parameter {name!r} is on the meta device, never loaded or offloaded by other means than accelerate, and "
+            "has no values. Load the model with its weights."
         )
     # Coordinates reach 64 elements of any layout; flattening a transposed tensor would copy all of it.
     flat = torch.tensor(sample_positions(parameter.numel()), dtype=torch.int64, device=parameter.device)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,9 +8,10 @@ import pytest
 import torch
 from textkit import BOS, EOS, PAD, pairs, text_tokenizer
 
+from repe_unlearn import encoding
 from repe_unlearn.contrast import Contrast, Example
 from repe_unlearn.encoding import Encoded, batches, encode
-from repe_unlearn.errors import InputError, NotEnoughDataError
+from repe_unlearn.errors import InputError, NotEnoughDataError, ShapeError
 from repe_unlearn.tokens import Select
 
 # Byte tokens: position 0 is <s>, position 1 + i is character i.  "he ran" -> <s> h e _ r a n
@@ -110,7 +112,7 @@ def test_empty_selections_name_the_prompt() -> None:
 
 def test_selections_that_the_contrast_cannot_answer() -> None:
     plain = Contrast.from_labels(["he ran", "she ran"], ["a", "b"])
-    with pytest.raises(InputError, match=r"word,sinks=1 needs a focus word; .* 'he ran' has none"):
+    with pytest.raises(InputError, match=r"Select\('word'\) needs a focus word; .* 'he ran' has none"):
         positions("word", plain)
     with pytest.raises(InputError, match=r"Select\('words'\) needs token-level labels"):
         positions("words", plain)
@@ -157,7 +159,7 @@ def test_padding_by_hand() -> None:
     assert right.mask.tolist() == [[1] * 11, [1] * 7 + [0] * 4]
     assert left.mask.tolist() == [[1] * 11, [0] * 4 + [1] * 7]
     assert left.position_ids.tolist() == [list(range(11)), [0] * 4 + list(range(7))]
-    assert right.position_ids.tolist()[1][:7] == list(range(7))
+    assert right.position_ids is None  # the family's own numbering
     assert right.row.tolist() == left.row.tolist() == [0] * 6 + [1] * 2
     assert right.column.tolist() == [5, 6, 7, 8, 9, 10, 5, 6]
     assert left.column.tolist() == [5, 6, 7, 8, 9, 10, 9, 10]
@@ -220,3 +222,57 @@ def test_a_named_word_and_its_span() -> None:
     assert word.positions == [start + 2]
     with pytest.raises(InputError, match="finds no word 'he'"):
         encode(contrast, text_tokenizer(), Select("word", text="he"))
+
+
+def test_batches_are_made_when_asked_for() -> None:
+    encoded = encode(pairs(), text_tokenizer(), Select("mean"))
+    options = {"pad_id": PAD, "side": "right", "pooled": True, "real": False}
+    work = batches(encoded, batch_tokens=300, **options)  # type: ignore[arg-type]
+    first = weakref.ref(work[0].ids)
+    assert first() is None  # nothing keeps a padded batch
+    assert torch.equal(work[1].ids, work[1:][0].ids)
+    assert [b.owner.tolist() for b in work[::2]] == [work[i].owner.tolist() for i in range(0, len(work), 2)]
+    with pytest.raises(IndexError):
+        work[len(work)]
+    # sorted by length, so little is padding; in the order of the contrast it would be more
+    real, padded = (sum(f(b) for b in work) for f in (lambda b: int(b.mask.sum()), lambda b: b.mask.numel()))
+    assert work.padding == pytest.approx(1 - real / padded)
+    assert 0 < work.padding < 0.1
+    one = batches(encoded, batch_tokens=10**6, **options)  # type: ignore[arg-type]
+    assert one.padding > 2 * work.padding
+    # what the digest is made of
+    assert work.digest() == batches(encoded, batch_tokens=300, **options).digest()  # type: ignore[arg-type]
+    changed = [replace(encoded[0], labels=[1]), *encoded[1:]]
+    others = (batches(changed, batch_tokens=300, **options), work[1:], one)  # type: ignore[arg-type]
+    assert len({work.digest(), *(other.digest() for other in others)}) == 4
+
+
+def test_few_texts_are_tokenised_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer's output for many prompts is far larger than their ids."""
+    expected = encode(pairs(), text_tokenizer(), Select("after_prompt"))
+    monkeypatch.setattr(encoding, "_TOKENISED_AT_ONCE", 7)
+    tokenizer, sizes = text_tokenizer(), []
+
+    class Counting:
+        is_fast, all_special_ids = True, tokenizer.all_special_ids
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(tokenizer, name)
+
+        def __call__(self, texts: list[str], **options: object) -> object:
+            sizes.append(len(texts))
+            return tokenizer(texts, **options)  # type: ignore[arg-type]
+
+    found = encode(pairs(), Counting(), Select("after_prompt"))
+    assert max(sizes) == 7
+    assert sum(sizes) == len(expected)
+    assert [(e.ids, e.positions, e.owner) for e in found] == [(e.ids, e.positions, e.owner) for e in expected]
+
+
+def test_sites_without_one_vector_per_token() -> None:
+    (batch,) = made("right")
+    x = torch.randn(2, 11, 3)
+    assert torch.equal(batch.pick(x.reshape(22, 3)), batch.pick(x))  # routers and experts see no batch
+    for wrong in (torch.randn(2, 3), torch.randn(2, 10, 3), torch.randn(2, 2, 11, 3), torch.randn(22)):
+        with pytest.raises(ShapeError, match="for 2 prompts of 11 tokens"):
+            batch.pick(wrong)

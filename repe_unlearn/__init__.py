@@ -8,15 +8,19 @@ from .architectures import Architecture
 from .audit import Check, Report, verify
 from .concepts import Concepts
 from .contrast import Contrast, Example
+from .discovery import Discovery, discover
 from .eraser import Eraser
 from .fingerprints import fingerprint
 from .folding import bake
+from .gate import Gate
 from .hooks import apply
+from .inputs import Inputs
 from .models import Loaded, load
 from .moments import Moments
 from .patch import Patch
 from .plan import ErasurePlan, solve
 from .sequential import fit_sequential
+from .shards import Shards
 from .sites import Site
 from .thin_moments import ThinMoments
 from .tokens import Select
@@ -28,19 +32,24 @@ __all__ = [
     "Check",
     "Concepts",
     "Contrast",
+    "Discovery",
     "Eraser",
     "ErasurePlan",
     "Example",
+    "Gate",
+    "Inputs",
     "Loaded",
     "Moments",
     "Patch",
     "Report",
     "Select",
+    "Shards",
     "Site",
     "ThinMoments",
     "apply",
     "bake",
     "capture",
+    "discover",
     "export",
     "fingerprint",
     "fit_sequential",

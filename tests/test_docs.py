@@ -13,17 +13,18 @@ import pytest
 import torch
 
 import repe_unlearn
-from repe_unlearn.architectures import FAMILIES, KINDS, Architecture, Family, Kind
+from repe_unlearn.architectures import FAMILIES, KINDS, Absent, Architecture, Kind, Read, Write
 from repe_unlearn.eraser import Eraser
 from repe_unlearn.errors import NotBakeableError
 from repe_unlearn.fingerprints import fingerprint
 from repe_unlearn.folding import bake
 from repe_unlearn.plan import ErasurePlan
-from tests.tiny import D, tiny
+from tests.rowkit import CASES
+from tests.tiny import D
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
-BAKED: tuple[Kind, ...] = ("attn_in", "mlp_in", "final", "attn_out", "mlp_out")
+BAKED: tuple[Kind, ...] = ("attn_in", "cross_in", "mlp_in", "final", "attn_out", "cross_out", "mlp_out")
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +37,11 @@ def tables() -> ModuleType:
     return module
 
 
-def plan(model: torch.nn.Module, kind: Kind, *, affine: bool) -> ErasurePlan:
+def plan(model: torch.nn.Module, arch: Architecture, kind: Kind, layer: int, *, affine: bool) -> ErasurePlan:
     generator = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(D, 1, generator=generator, dtype=torch.float64)).Q
     shift = torch.randn(D, generator=generator, dtype=torch.float64) * affine
-    sites = Architecture.of(model).sites(kind)
+    sites = arch.sites(kind, layers=[layer])
     return ErasurePlan({site: Eraser(basis, basis.T, shift) for site in sites}, fingerprint(model))
 
 
@@ -55,10 +56,12 @@ def test_the_committed_tables_are_the_generated_ones(tables: ModuleType) -> None
 
 def test_a_changed_row_makes_the_committed_tables_stale(tables: ModuleType) -> None:
     head, *rest = FAMILIES
+    (layout,) = head.layouts
     for change in (
         {"model_types": ("llama9",)},
-        {"mlp_out": dataclasses.replace(head.mlp_out, norm="post_norm")},
-        {"attn_in": dataclasses.replace(head.attn_in, readers=("self_attn.q_proj",))},
+        {"layouts": (dataclasses.replace(layout, mlp_out=Write("mlp", ("mlp.down_proj",), "post_norm")),)},
+        {"layouts": (dataclasses.replace(layout, attn_in=Read("norm", ("self_attn.q_proj",))),)},
+        {"layouts": (dataclasses.replace(layout, mlp_in=Absent("there is none")),)},
         {"bias_switches": {}},
     ):
         assert tables.render(page(), [dataclasses.replace(head, **change), *rest]) != page()
@@ -83,25 +86,30 @@ def test_a_page_without_markers_is_refused(tables: ModuleType) -> None:
         tables.render(page().replace("<!-- summary: begin -->", ""))
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.model_types[0])
-def test_the_exactness_in_the_table_is_what_bake_says(family: Family, tables: ModuleType) -> None:
-    model = tiny(family.model_types[0])
-    for kind in KINDS:
-        claimed = tables.exactness(family, kind)
-        if claimed == "hook only":
-            with pytest.raises(NotBakeableError):
-                bake(model, plan(model, kind, affine=False), allow="erasure-exact")
-        else:
-            patch = bake(model, plan(model, kind, affine=False), allow="erasure-exact")
-            assert set(patch.exactness.values()) == {claimed}
+@pytest.mark.parametrize("name", CASES)
+def test_the_exactness_in_the_table_is_what_bake_says(name: str, tables: ModuleType) -> None:
+    model = CASES[name].model()
+    arch = CASES[name].arch(model)
+    for layer, layout in enumerate(arch.layouts[:2]):
+        for kind in KINDS:
+            claimed = tables.exactness(arch.family, layout, kind)
+            assert (claimed == "–") == (kind not in arch.kinds)
+            if claimed == "hook only":
+                with pytest.raises(NotBakeableError):
+                    bake(model, plan(model, arch, kind, layer, affine=False), allow="erasure-exact")
+            elif claimed != "–":
+                patch = bake(model, plan(model, arch, kind, layer, affine=False), allow="erasure-exact")
+                assert set(patch.exactness.values()) == {claimed}
 
 
-def affine_cell(model: torch.nn.Module, kind: Kind, exactness: str) -> str:
+def affine_cell(model: torch.nn.Module, arch: Architecture, kind: Kind, layer: int, exactness: str) -> str:
     """Return what the page should say about the constant of an affine eraser."""
+    if exactness in ("–", "hook only"):
+        return "–"
     if exactness == "erasure-exact":
         return "not needed"
     try:
-        patch = bake(model, plan(model, kind, affine=True))
+        patch = bake(model, plan(model, arch, kind, layer, affine=True))
     except NotBakeableError:
         return "no"
     keys = ", ".join(f"`{key}`" for key in patch.config_updates)
@@ -109,12 +117,19 @@ def affine_cell(model: torch.nn.Module, kind: Kind, exactness: str) -> str:
 
 
 def test_the_page_says_where_the_constant_of_an_affine_eraser_goes(tables: ModuleType) -> None:
-    lines = [f"| family | {' | '.join(f'`{kind}`' for kind in BAKED)} |", "| --- " * (len(BAKED) + 1) + "|"]
-    for family in FAMILIES:
-        model = tiny(family.model_types[0])
-        cells = [affine_cell(model, kind, tables.exactness(family, kind)) for kind in BAKED]
-        lines.append(f"| {' | '.join([f'`{family.model_types[0]}`', *cells])} |")
-    expected = "\n".join(lines)
+    lines = {}
+    for case in CASES.values():
+        model = case.model()
+        arch = case.arch(model)
+        for layer, layout in enumerate(arch.layouts):
+            name = tables.label(arch.family, layout)
+            if name not in lines:
+                claimed = {kind: tables.exactness(arch.family, layout, kind) for kind in BAKED}
+                cells = [affine_cell(model, arch, kind, layer, claimed[kind]) for kind in BAKED]
+                lines[name] = f"| {' | '.join([name, *cells])} |"
+    head = f"| family | {' | '.join(f'`{kind}`' for kind in BAKED)} |", "| --- " * (len(BAKED) + 1) + "|"
+    ordered = [lines[tables.label(*pair)] for pair in tables.each(FAMILIES)]
+    expected = "\n".join([*head, *ordered])
     assert expected in page(), f"this table belongs between the affine markers:\n{expected}"
 
 

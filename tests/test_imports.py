@@ -19,14 +19,39 @@ PACKAGE = ROOT.name
 # Lowest first: a module imports from its own layer and from those above it in this table, never from below.
 # A package (builtin, solvers, audit, export) counts as one module. List a new module in the layer it belongs to.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "sites", "tokens", "example", "rows", "shrinkage"),
-    ("eraser", "moments", "thin_moments", "concepts", "tensorfile", "fingerprints", "convert"),
+    ("errors", "sites", "tokens", "example", "rows", "shrinkage", "placement", "inputs"),
+    (
+        "eraser",
+        "moments",
+        "thin_moments",
+        "concepts",
+        "tensorfile",
+        "fingerprints",
+        "convert",
+        "ranks",
+        "resume",
+        "shards",
+    ),
     ("contrast", "splitting", "description", "chat", "readers", "builtin", "recipe"),
     ("solvers", "models", "gguf_cache"),
-    ("plan", "patch", "encoding", "taps", "architectures", "estimator", "diagnostics"),
-    ("activations", "sequential", "hooks", "folding"),
+    (
+        "plan",
+        "patch",
+        "encoding",
+        "taps",
+        "positions",
+        "parking",
+        "families",
+        "architectures",
+        "interventions",
+        "block_probe",
+        "discovery",
+        "estimator",
+        "diagnostics",
+    ),
+    ("activations", "sequential", "hooks", "gate", "folding"),
     ("audit", "export"),
-    ("demo", "cli"),
+    ("demo", "cli", "__main__"),
 )
 # Neighbours of one layer that must not know each other: that hooks and baked weights agree is a test.
 STRANGERS = {
@@ -43,6 +68,7 @@ SOLVERS_MAY_IMPORT = {
     "moments",
     "thin_moments",
     "shrinkage",
+    "tensorfile",
     "eraser",
     "errors",
 }

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
 import gc
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import greenlet
 import pytest
@@ -11,15 +15,17 @@ import torch
 from textkit import pairs, text_model, text_tokenizer
 from tiny import LAYERS, assert_same, hook_count, snapshot
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from repe_unlearn import sequential
 from repe_unlearn.activations import capture
-from repe_unlearn.architectures import Architecture, Kind, supported
+from repe_unlearn.architectures import Architecture, Kind
 from repe_unlearn.eraser import Eraser
 from repe_unlearn.errors import InputError, NoConceptWarning, NonFiniteError, UnknownSiteError
 from repe_unlearn.folding import bake
 from repe_unlearn.hooks import apply
 from repe_unlearn.moments import Moments
+from repe_unlearn.parking import in_bytes
 from repe_unlearn.plan import ErasurePlan, solve
 from repe_unlearn.sequential import fit_sequential
 from repe_unlearn.sites import Site
@@ -35,6 +41,15 @@ fit = partial(fit_sequential, select="mean", batch_tokens=TOKENS, progress=False
 def left(m: Moments) -> float:
     """What is left of the covariance with z, without a unit."""
     return float(m.m_xz.norm() / (m.m_xx.trace() * m.m_zz.trace()).sqrt())
+
+
+def same(a: ErasurePlan, b: ErasurePlan) -> bool:
+    """True when two plans hold the same bits."""
+    return a.sites == b.sites and all(
+        torch.equal(getattr(a[site], part), getattr(b[site], part))
+        for site in a.sites
+        for part in ("left", "right", "shift")
+    )
 
 
 def live() -> int:
@@ -58,11 +73,18 @@ def all_sites(llama: nn.Module) -> tuple[Site, ...]:
 
 @pytest.mark.parametrize(
     ("model_type", "changes"),
-    [*((name, {}) for name in supported()), ("gpt_neox", {"use_parallel_residual": False})],
+    [
+        ("llama", {}),
+        ("gemma2", {}),
+        ("gpt2", {}),
+        ("gpt_neox", {}),
+        ("gpt_neox", {"use_parallel_residual": False}),
+    ],
 )
 def test_everything_is_erased_at_every_site_at_once(model_type: str, changes: dict) -> None:
     model, tokenizer, contrast = text_model(model_type, **changes), text_tokenizer(), pairs()
-    sites = Architecture.of(model).sites(*KINDS)
+    arch = Architecture.of(model)
+    sites = arch.sites(*(kind for kind in KINDS if kind in arch.kinds))
     before = snapshot(model)
     plan = fit(model, tokenizer, contrast, sites)
     assert_same(before, model)
@@ -310,3 +332,134 @@ def test_progress_bar(
     plan = fit_sequential(llama, text_tokenizer(), pairs(8), all_sites, select="mean")
     assert "fit" in capfd.readouterr().err
     assert isinstance(plan, ErasurePlan)
+
+
+# A memory limit, and files
+
+
+def waiting(known: set[int]) -> int:
+    """Return the bytes of all float32 storages but the known ones, as the garbage collector sees them."""
+    found = {
+        t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+        for t in gc.get_objects()
+        if type(t) is torch.Tensor and t.dtype == torch.float32
+    }
+    return sum(size for storage, size in found.items() if storage not in known)
+
+
+def test_a_limit_is_kept_and_changes_no_bit(tmp_path: Path) -> None:
+    model, tokenizer, contrast = text_model("llama", dtype=torch.float32), text_tokenizer(), pairs()
+    sites = Architecture.of(model).sites(*KINDS)
+    known = {t.untyped_storage()._cdata for t in gc.get_objects() if type(t) in (torch.Tensor, nn.Parameter)}
+    held: list[tuple[int, int]] = []
+
+    def watching(m: Moments) -> Eraser:
+        files = sum(file.stat().st_size for file in tmp_path.glob("*/*"))
+        held.append((waiting(known), files))
+        return leace(m)
+
+    def run(memory: int | str | None) -> tuple[ErasurePlan, list[tuple[int, int]]]:
+        held.clear()
+        plan = fit(model, tokenizer, contrast, sites, watching, memory=memory, scratch=tmp_path)
+        assert not list(tmp_path.iterdir())
+        return plan, list(held)
+
+    free, unlimited = run(None)
+    total = min(size for size, _ in unlimited)
+    eraser_slack = 20_000
+    for memory in (total // 2, "100kB", 0):
+        plan, limited = run(memory)
+        assert max(size for size, _ in limited) <= in_bytes(memory) + eraser_slack
+        assert min(files for _, files in limited) >= total - in_bytes(memory) - eraser_slack
+        assert same(plan, free)
+    assert total > 500_000  # control: without a limit it is more
+    assert max(files for _, files in unlimited) == 0
+    assert not same(
+        fit(model, tokenizer, contrast.sample(40), sites), free
+    )  # control: same tells plans apart
+
+
+def test_what_surely_fits_is_not_watched(llama: nn.Module, all_sites: tuple[Site, ...]) -> None:
+    def modes(memory: int | str | None) -> list[bool]:
+        seen: list[bool] = []
+
+        def solver(m: Moments) -> Eraser:
+            seen.append(_get_current_dispatch_mode() is not None)
+            return leace(m)
+
+        fit(llama, text_tokenizer(), pairs(), all_sites[:3], solver, memory=memory)
+        return seen
+
+    assert modes(None) == modes("4GiB") == [False] * 3
+    assert modes("1MB") == [True] * 3  # control
+
+
+@pytest.mark.parametrize("what", [KeyboardInterrupt(), RuntimeError("solver")])
+def test_an_error_leaves_no_file(
+    llama: nn.Module, all_sites: tuple[Site, ...], what: BaseException, tmp_path: Path
+) -> None:
+    before, files = live(), []
+
+    def solver(m: Moments) -> Eraser:
+        files.append(len(list(tmp_path.glob("*/*"))))
+        if len(files) == 3:
+            raise what
+        return leace(m)
+
+    with pytest.raises(type(what)):
+        fit(llama, text_tokenizer(), pairs(), all_sites, solver, memory=0, scratch=tmp_path)
+    assert min(files) > 5  # control: there were files
+    assert not list(tmp_path.iterdir())
+    assert live() == before
+    assert hook_count(llama) == 0
+    assert _get_current_dispatch_mode() is None
+
+
+def test_memory_and_scratch_are_checked_first(llama: nn.Module, tmp_path: Path) -> None:
+    sites = [Site("model.norm")]
+    with pytest.raises(InputError, match="got memory='lots'"):
+        fit(llama, text_tokenizer(), pairs(8), sites, memory="lots")
+    with pytest.raises(InputError, match="needed an existing folder"):
+        fit(llama, text_tokenizer(), pairs(8), sites, scratch=tmp_path / "none")
+
+
+# Several processes
+
+WORKER = """
+import sys
+import torch.distributed as dist
+from test_sequential import KINDS, fit, pairs, text_model, text_tokenizer
+from repe_unlearn.architectures import Architecture
+
+dist.init_process_group("gloo")
+model = text_model("llama")
+for tokens in (300, 10**6):
+    plan = fit(model, text_tokenizer(), pairs(), Architecture.of(model).sites(*KINDS), batch_tokens=tokens)
+    plan.save(f"{sys.argv[1]}/{tokens}-{dist.get_rank()}")
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_fit_what_one_does(
+    llama: nn.Module, all_sites: tuple[Site, ...], tmp_path: Path
+) -> None:
+    """With 300 tokens each has several batches; with a million there is one batch, and the second rank has none."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER, encoding="utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*command, script, tmp_path],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    alone = fit(llama, text_tokenizer(), pairs(), all_sites)
+    half = fit(llama, text_tokenizer(), pairs().sample(40), all_sites)
+    for tokens in (300, 10**6):
+        first, second = (ErasurePlan.load(tmp_path / f"{tokens}-{rank}") for rank in (0, 1))
+        assert same(first, second)
+        assert first.sites == alone.sites
+        assert all(first[site].allclose(alone[site], rtol=1e-7) for site in alone.sites)
+    assert not all(half[site].allclose(alone[site], rtol=1e-7) for site in alone.sites)  # control

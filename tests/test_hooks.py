@@ -691,9 +691,8 @@ def test_generation_of_the_real_model_is_token_identical() -> None:
         with apply(model, plan, **how):
             batch = greedy(model, left.input_ids, left.attention_mask, 16, cache=True)
             assert batch == greedy(model, right.input_ids, right.attention_mask, 16, cache=True)
-            caches = (
-                (True,) if how else (True, False)
-            )  # without a cache, only generate knows what was generated
+            # By hand and without a cache all is prompt; only generate knows what was generated.
+            caches = (True,) if how else (True, False)
             if not how:
                 assert batch == greedy(model, right.input_ids, right.attention_mask, 16, cache=False)
                 assert batch == greedy(model, left.input_ids, left.attention_mask, 16, cache=False)

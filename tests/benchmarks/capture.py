@@ -11,6 +11,7 @@ nnsight and TransformerLens are compared where they are installed: run this in a
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import json
 import subprocess
@@ -113,45 +114,16 @@ def nnsight_model(model: nn.Module, tokenizer: Any) -> Any:
 
 
 def lens_model(model: Any, tokenizer: Any) -> Any:
-    """Copy the weights into a HookedTransformer of the same shape."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig  # type: ignore[import-not-found]
-    from transformer_lens.pretrained.weight_conversions import (  # type: ignore[import-not-found]
-        convert_llama_weights,
-    )
+    """Wrap a copy of the model: the bridge puts modules of its own into what it wraps."""
+    from transformer_lens.model_bridge import TransformerBridge  # type: ignore[import-not-found]
 
-    c = model.config
-    heads, rope = c.num_attention_heads, getattr(c, "rope_parameters", None) or {}
-    config = HookedTransformerConfig(
-        n_layers=c.num_hidden_layers,
-        d_model=c.hidden_size,
-        d_head=c.hidden_size // heads,
-        n_heads=heads,
-        n_key_value_heads=c.num_key_value_heads,
-        d_mlp=c.intermediate_size,
-        d_vocab=c.vocab_size,
-        n_ctx=min(2048, c.max_position_embeddings),
-        eps=c.rms_norm_eps,
-        act_fn="silu",
-        gated_mlp=True,
-        final_rms=True,
-        normalization_type="RMS",
-        positional_embedding_type="rotary",
-        rotary_dim=c.hidden_size // heads,
-        rotary_base=int(rope.get("rope_theta", getattr(c, "rope_theta", 10000))),
-        rotary_adjacent_pairs=False,
-        original_architecture="LlamaForCausalLM",
+    return TransformerBridge.boot_transformers(
+        model.name_or_path,
+        hf_model=copy.deepcopy(model),
+        tokenizer=tokenizer,
         device=str(model.device),
         dtype=model.dtype,
-    )
-    lens = HookedTransformer(config)
-    lens.load_and_process_state_dict(
-        convert_llama_weights(model, config),
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
-    )
-    return lens.eval()
+    ).eval()
 
 
 def lens_run(lens: Any, batches: Batches, layers: int) -> list[list[Any]]:

@@ -42,10 +42,19 @@ def exactness(family: Family, layout: Layout, kind: Kind) -> str:
     found = part(family, layout, kind)
     if isinstance(found, Absent):
         return "–"
-    weights = found.readers if isinstance(found, Read) else found.writers
-    if any(isinstance(weight, Experts) for weight in weights) or getattr(found, "hook_only", ""):
+    if isinstance(found, Read) and found.hook_only:
         return "hook only"
     return "erasure-exact" if isinstance(found, Write) and found.norm else "exact"
+
+
+def stream(family: Family, layout: Layout) -> str:
+    """Return what ``bake`` can do for one map of the whole stream; impossible where hooks cannot do it either."""
+    if family.post_layernorm:
+        return "impossible"
+    if family.embedding_hook_only:
+        return "hook only"
+    writes = {exactness(family, layout, kind) for kind in WRITE} - {"–"}
+    return "erasure-exact" if family.embedding_norm or "erasure-exact" in writes else "exact"
 
 
 def label(family: Family, layout: Layout) -> str:
@@ -65,9 +74,10 @@ def summary(families: Iterable[Family]) -> str:
     """Return one line per family: how each kind of site bakes."""
     kinds: tuple[Kind, ...] = (*READ, *WRITE, "resid_pre", "resid_post")
     lines = [
-        [label(f, layout), *(exactness(f, layout, kind) for kind in kinds)] for f, layout in each(families)
+        [label(f, layout), *(exactness(f, layout, kind) for kind in kinds), stream(f, layout)]
+        for f, layout in each(families)
     ]
-    return _table(["family", *map(_code, kinds)], lines)
+    return _table(["family", *map(_code, kinds), "stream"], lines)
 
 
 def lacking(families: Iterable[Family]) -> str:

@@ -2,12 +2,13 @@
 
 from importlib.metadata import version as _version
 
-from . import export, solvers
+from . import algebra, export, quantisation, solvers
 from .activations import capture, gather
 from .architectures import Architecture
 from .audit import Check, Report, verify
 from .concepts import Concepts
 from .contrast import Contrast, Example
+from .difference import diff
 from .discovery import Discovery, discover
 from .eraser import Eraser
 from .fingerprints import fingerprint
@@ -22,6 +23,7 @@ from .plan import ErasurePlan, solve
 from .sequential import fit_sequential
 from .shards import Shards
 from .sites import Site
+from .stream import plan_stream
 from .thin_moments import ThinMoments
 from .tokens import Select
 
@@ -46,15 +48,19 @@ __all__ = [
     "Shards",
     "Site",
     "ThinMoments",
+    "algebra",
     "apply",
     "bake",
     "capture",
+    "diff",
     "discover",
     "export",
     "fingerprint",
     "fit_sequential",
     "gather",
     "load",
+    "plan_stream",
+    "quantisation",
     "solve",
     "solvers",
     "verify",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,11 +17,13 @@ from .families import (
     Absent,
     Experts,
     Family,
+    Index,
     Kind,
     Layout,
     Read,
     Weight,
     Write,
+    disk_names,
 )
 from .sites import Site
 
@@ -172,6 +174,10 @@ class Architecture:
     def path(self, path: str) -> str:
         """Return a path of the row as it is in this model."""
         return path.removeprefix(self.root)
+
+    def on_disk(self, name: str, shape: Sequence[int] = ()) -> tuple[tuple[str, Index], ...]:
+        """Return the tensors of a checkpoint that hold a parameter: see ``families.disk_names``."""
+        return disk_names(self.model_type, name, shape)
 
     def block(self, layer: int) -> str:
         """Return the path of one block."""

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from .errors import InputError, NumericalWarning, OutputExistsError, RepeUnlearnError
+from .sites import Site
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .patch import Patch
+    from .plan import ErasurePlan
 
 app = typer.Typer(
     name="repe-unlearn",
     help="Make a model stop representing something: capture, solve in closed form, hook or bake, verify, export.\n\n"
     "[bold]One job, step by step[/]\n\n"
     "repe-unlearn fit smollm2-135m plan.safetensors --contrast gender\n\n"
-    "repe-unlearn bake smollm2-135m plan.safetensors patch.safetensors\n\n"
-    "repe-unlearn export smollm2-135m patch.safetensors edited-model\n\n"
+    "repe-unlearn bake smollm2-135m plan.safetensors --out patch.safetensors\n\n"
+    "repe-unlearn export smollm2-135m patch.safetensors --checkpoint edited-model\n\n"
     "repe-unlearn verify smollm2-135m plan.safetensors --exported edited-model --out report\n\n"
     "Exit codes: 0 done, 1 an error (one line says what to do), 2 wrong usage, 3 a check of the report failed.",
     no_args_is_help=True,
@@ -54,6 +62,18 @@ PairsOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option(help="Seed of prompts, splits and controls.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what exists at the output path.")]
+AllowOption = Annotated[
+    str,
+    typer.Option(
+        help="Weakest exactness accepted when a plan is baked: exact, erasure-exact (post-norm families) or approximate."
+    ),
+]
+TiedOption = Annotated[
+    str,
+    typer.Option(
+        help="Tied embedding and head, when a plan edits one of them: untie, adapter (for --lora) or skip (neither is edited)."
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bars.")]
 
 
@@ -170,8 +190,10 @@ def info(model: Model = "smollm2-135m", quiet: QuietOption = False) -> None:
         for column in ("kind", "number", "first", "affine eraser", "linear eraser"):
             table.add_column(column, overflow="fold")
         for kind, rows in exactness(loaded.model).items():
-            sites = arch.sites(kind)
-            table.add_row(kind, str(len(sites)), str(sites[0]), rows["affine"], rows["linear"])
+            # The stream is no kind of site: its plan starts after the embeddings and goes through all writers.
+            sites = arch.sites("resid_pre", layers=[0]) if kind == "stream" else arch.sites(kind)  # type: ignore[arg-type]  # of this model
+            count = "all" if kind == "stream" else str(len(sites))
+            table.add_row(kind, count, str(sites[0]), rows["affine"], rows["linear"])
     console.print(facts)
     console.print(table)
 
@@ -302,24 +324,30 @@ def fit(
 def bake(
     model: Model,
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="Plan file from 'fit'.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Patch file to write (.safetensors).")],
-    allow: Annotated[
-        str, typer.Option(help="Weakest exactness accepted: exact or erasure-exact (post-norm families).")
-    ] = "exact",
+    out: Annotated[
+        Path | None, typer.Argument(metavar="[OUT]", help="Patch file to write (.safetensors).")
+    ] = None,
+    out_option: Annotated[Path | None, typer.Option("--out", help="The same, as an option.")] = None,
+    allow: AllowOption = "exact",
+    tied: TiedOption = "untie",
     force: ForceOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Turn a plan into weight edits and write them as a patch; the model is not changed."""
+    """Turn a plan into weight edits and write them as a patch; the model is not changed.
+
+    Prints how exactly each class of sites was baked, how many of which weights are edited, and the largest edits.
+    """
+    (target,) = _given({"OUT": out, "--out": out_option}, most=1)
     with _errors():
-        _refuse_taken(out, force)
-        from . import folding
+        _refuse_taken(target, force)
         from .models import load
         from .plan import ErasurePlan
 
         erasers = ErasurePlan.load(plan)
         loaded = load(model, progress=not quiet)
-        patch = folding.bake(loaded.model, erasers, allow=allow)  # type: ignore[arg-type]  # bake() checks the value
-        patch.save(out, force=force)
+        patch = _baked(loaded.model, erasers, allow, tied)
+        patch.save(target, force=force)
+        _print_baked(loaded.model, patch)
         table = Table(title="largest edits")
         for column in ("tensor", "rank", "norm", "relative"):
             table.add_column(column)
@@ -332,31 +360,158 @@ def bake(
                 "new" if row.relative != row.relative else f"{row.relative:.2%}",
             )
     console.print(table)
-    console.print(f"{_escape(repr(patch))}\ncoverage: {patch.provenance['coverage']}")
-    _written("written", out)
+    console.print(_escape(repr(patch)))
+    _written("written", target)
 
 
 @app.command()
 def export(
     model: Model,
-    patch: Annotated[Path, typer.Argument(metavar="PATCH", help="Patch file from 'bake'.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; plain transformers loads it.")],
+    edits: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATCH|PLAN", help="Patch file from 'bake', or plan file, which is baked first."
+        ),
+    ],
+    out: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="Short for --checkpoint OUT.")] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to write a patched copy of the weights to; plain transformers, vLLM "
+            "and convert_hf_to_gguf.py load it."
+        ),
+    ] = None,
+    lora: Annotated[
+        Path | None, typer.Option(help="Folder to write a LoRA adapter to, for PEFT, vLLM and llama.cpp.")
+    ] = None,
+    gguf: Annotated[
+        Path | None, typer.Option(help="GGUF file to write, for llama.cpp: a copy of that of MODEL, edited.")
+    ] = None,
+    gguf_source: Annotated[
+        Path | None, typer.Option(help="GGUF file to copy for --gguf where MODEL is none itself.")
+    ] = None,
+    requantise: Annotated[
+        str,
+        typer.Option(
+            help="Type for the edited tensors of a GGUF file that are packed, e.g. F16; default refuses them."
+        ),
+    ] = "",
+    allow: AllowOption = "exact",
+    tied: TiedOption = "untie",
     force: ForceOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write a patched copy of the checkpoint, tensor by tensor, with tokenizer and manifest."""
+    """Write the edited model in one or several forms, each whole or not at all.
+
+    A patch on a folder is written to a checkpoint tensor by tensor, without loading the model.
+    """
+    targets = _given({"OUT": out, "--checkpoint": checkpoint, "--lora": lora, "--gguf": gguf})
+    with _errors():
+        for target in targets:
+            _refuse_taken(target, force)
+        if gguf:
+            gguf_source = gguf_source or _own_gguf(model)
+        from .export.checkpoint import checkpoint as write_checkpoint
+        from .export.gguf import gguf as write_gguf
+        from .export.lora import lora as write_lora
+        from .models import load, locate
+        from .patch import Patch
+        from .plan import ErasurePlan
+        from .tensorfile import kind_of
+
+        is_plan = kind_of(edits, among=("patch", "erasure plan")) == "erasure plan"
+        given = ErasurePlan.load(edits) if is_plan else Patch.load(edits)
+        # Adapters and GGUF files are held against the model; a checkpoint is held against its own files.
+        loaded = load(model, progress=not quiet) if is_plan or lora or gguf else None
+        if isinstance(given, ErasurePlan):
+            assert loaded is not None
+            patch = _baked(loaded.model, given, allow, tied)
+            _print_baked(loaded.model, patch)
+        else:
+            patch = given
+        source = loaded.source if loaded else locate(model, progress=not quiet)
+        for folder in filter(None, (out, checkpoint)):
+            _written("written", write_checkpoint(source, patch, folder, force=force, progress=not quiet))
+        if loaded and lora:
+            _written("written", write_lora(loaded.model, patch, lora, base=model, force=force))
+        if loaded and gguf and gguf_source:
+            packed = requantise or False
+            _written(
+                "written",
+                write_gguf(gguf_source, patch, gguf, requantise=packed, model=loaded.model, force=force),
+            )
+
+
+@app.command()
+def diff(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder of the original model.")],
+    edited: Annotated[
+        Path, typer.Argument(metavar="EDITED", help="Folder of the same model after any edit of its weights.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Patch file to write: 'export BASE PATCH' makes EDITED again.")
+    ] = None,
+    keep_originals: Annotated[
+        Path | None,
+        typer.Option(help="File to write the replaced tensors to, from which 'revert' restores every bit."),
+    ] = None,
+    bitwise: Annotated[
+        bool, typer.Option("--bitwise", help="Store dense what low rank would miss by a rounding step.")
+    ] = False,
+    max_rank: Annotated[int, typer.Option(help="Larger ranks are stored dense.", min=1)] = 64,
+    force: ForceOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Show which tensors of two checkpoints differ, by which rank and how much; neither model is loaded."""
+    with _errors():
+        for target in filter(None, (out, keep_originals)):
+            _refuse_taken(target, force)
+        from . import difference, undo
+
+        patch = difference.diff(base, edited, max_rank=max_rank, bitwise=bitwise, progress=not quiet)
+        table = Table(title="differences")
+        for column in ("tensor", "edit", "norm", "relative"):
+            table.add_column(column, overflow="fold")
+        for name, size in difference.norms(base, patch).items():
+            edit = patch.edits[name]
+            relative = f"{edit.norm() / size:.2%}" if size else "new"
+            table.add_row(
+                _escape(name), edit.rule.removeprefix("difference: "), f"{edit.norm():.3g}", relative
+            )
+        if out is not None:
+            patch.save(out, force=force)
+        if keep_originals is not None:
+            undo.keep_originals(base, edited, keep_originals, force=force)
+    console.print(table)
+    console.print(f"{_escape(repr(patch))}; reproduces {patch.provenance['reproduces']}")
+    if patch.tied:
+        console.print(f"{patch.tied[1]} is untied from {patch.tied[0]}")
+    for key, value in patch.config_updates.items():
+        console.print(_escape(f"config: {key} = {value}"))
+    for target in filter(None, (out, keep_originals)):
+        _written("written", target)
+
+
+@app.command()
+def revert(
+    edited: Annotated[Path, typer.Argument(metavar="EDITED", help="Patched folder.")],
+    originals: Annotated[
+        Path, typer.Argument(metavar="ORIGINALS", help="File from 'diff --keep-originals'.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    force: ForceOption = False,
+) -> None:
+    """Bring a patched checkpoint back to its original bits, every tensor checked by its hash.
+
+    A patch alone cannot do this: subtracting it leaves the rounding of both casts. So the replaced tensors must
+    have been kept, with 'diff BASE EDITED --keep-originals FILE'.
+    """
     with _errors():
         _refuse_taken(out, force)
-        from . import export as exporting
-        from .models import load
-        from .patch import Patch
+        from . import undo
 
-        edits = Patch.load(patch)
-        loaded = load(model, progress=not quiet)
-        folder = exporting.checkpoint(
-            loaded.source, edits, out, tokenizer=loaded.tokenizer, force=force, progress=not quiet
-        )
-    _written("written", folder)
+        undo.revert(edited, originals, out, force=force)
+    _written("written", out)
 
 
 @app.command()
@@ -412,6 +567,55 @@ def verify(
     console.print(f"\n[bold]{_escape(report.verdict)}[/]")
     _written("report", page)
     _exit(report.passed)
+
+
+def _given(outputs: dict[str, Path | None], most: int | None = None) -> list[Path]:
+    """Return the outputs that were named on the command line; wrong usage if there are none or too many."""
+    given = [path for path in outputs.values() if path is not None]
+    if not given or (most is not None and len(given) > most):
+        needed = "at least 1" if most is None else str(most)
+        raise typer.BadParameter(f"got {len(given)} outputs; needed {needed} of {', '.join(outputs)}.")
+    return given
+
+
+def _own_gguf(model: str) -> Path:
+    """Return the GGUF file that a model on the command line comes from."""
+    from .gguf_cache import builtin_gguf
+    from .models import DEFAULT
+
+    if model == DEFAULT:
+        return builtin_gguf()[0]
+    if Path(model).suffix.lower() != ".gguf":
+        raise InputError(
+            f"got --gguf for {model}, which is no GGUF file; add --gguf-source FILE, of the same model."
+        )
+    return Path(model)
+
+
+def _baked(model: nn.Module, plan: ErasurePlan, allow: str, tied: str) -> Patch:
+    from . import folding
+
+    return folding.bake(model, plan, allow=allow, tied=tied)  # type: ignore[arg-type]  # bake() checks the values
+
+
+def _print_baked(model: nn.Module, patch: Patch) -> None:
+    """Print how exactly each class of sites was baked, and how many of which weights are edited."""
+    from .architectures import Architecture
+
+    table = Table(title="baked")
+    for column in ("sites", "number", "class"):
+        table.add_column(column)
+    stacks = Architecture.all_of(model)
+    classes: Counter[tuple[str, str]] = Counter()
+    for site, exactness in patch.exactness.items():
+        located = next(filter(None, (arch.locate(Site.parse(site)) for arch in stacks)), None)
+        classes[located[0] if located else site, exactness] += 1
+    for (kind, exactness), number in classes.items():
+        table.add_row(_escape(kind), str(number), exactness)
+    console.print(table)
+    for fact in ("coverage", "skipped"):
+        if fact in patch.provenance:
+            console.print(f"{fact}: {_escape(patch.provenance[fact])}", soft_wrap=True)
 
 
 def _refuse_taken(out: Path, force: bool) -> None:

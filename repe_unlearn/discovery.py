@@ -338,7 +338,8 @@ class _Search:
                 self.notes.append(f"{name} writes the stream before the first block, but not as it is.")
             elif abs(scale - 1) > self.tol:
                 self.notes.append(
-                    f"The output of {name} is multiplied by {scale:.6g} before it enters the stream."
+                    f"The output of {name} is multiplied by {scale:.6g} before it enters the stream: set "
+                    "`embedding_scale` by hand."
                 )
             writers.append(name)
         added = self._added_parameters(where, start)

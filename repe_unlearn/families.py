@@ -6,10 +6,11 @@ To add a family, add a row to ``FAMILIES`` and a tiny config to ``tests/tiny.py`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
+from .errors import InputError
 from .sites import Side
 
 Kind = Literal[
@@ -38,11 +39,14 @@ class Experts:
         axes: what its three axes are, in order: ``e``xpert, ``i``n, ``o``ut. Written down, never guessed from
             shapes: in and out are often of one size.
         bias: path of the stacked bias [expert, out], if there is one.
+        disk: paths of the modules that checkpoints hold instead, one set per expert ``{e}``: equal slices along out,
+            in order. Empty where checkpoints hold the stack.
     """
 
     path: str
     axes: Literal["eoi", "eio"]
     bias: str | None = None
+    disk: tuple[str, ...] = ()
 
 
 Weight: TypeAlias = str | Experts
@@ -74,11 +78,14 @@ class Write:
         path: module of the site, relative to the block; its output is what the stream receives.
         writers: the weights whose output that is, before ``norm`` if there is one.
         norm: the RMS norm between writers and stream in post-norm families, else None.
+        convex: the output is an average of experts, with weights that sum to 1: a constant in all of their biases is
+            a constant in the output.
     """
 
     path: str
     writers: tuple[Weight, ...]
     norm: str | None = None
+    convex: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +125,14 @@ class Layout:
         """Return the part of one of the kinds ``IN_BLOCK``."""
         return getattr(self, kind)
 
+    def experts(self) -> Iterator[Experts]:
+        """Yield the stacked experts of a block."""
+        for kind in IN_BLOCK:
+            part = self.part(kind)
+            if not isinstance(part, Absent):
+                weights = part.readers if isinstance(part, Read) else part.writers
+                yield from (weight for weight in weights if isinstance(weight, Experts))
+
     def paths(self) -> Iterator[str]:
         """Yield every module and parameter of a block that the layout names."""
         for kind in IN_BLOCK:
@@ -145,8 +160,11 @@ class Family:
         blocks: path of the list of blocks.
         layouts: what a block may look like; a block has the first one whose modules it holds.
         final: what the head reads.
-        embeddings: modules and parameters that write the stream before the first block.
+        embeddings: modules and parameters that write the stream before the first block; the first one adds to every
+            position once.
         embedding_norm: a norm between those and the first block.
+        embedding_scale: factor on the embeddings: an attribute of the first embedding, else a config key.
+        embedding_hook_only: why no edit of the embeddings equals a hook before the first block, where that is so.
         bias_switches: config key -> modules of every block that have a bias exactly when the key is true.
             This is where a missing bias can be made in a way that plain transformers loads.
         transposed: weights in blocks are stored [in, out] (Conv1D) instead of [out, in].
@@ -157,6 +175,7 @@ class Family:
         stack: ``encoder`` or ``decoder`` in models that have both.
         entry: the submodule to run when only this stack is wanted.
         when: config values that the row is for.
+        disk: components of names -> those that checkpoints hold instead.
     """
 
     model_types: tuple[str, ...]
@@ -165,6 +184,8 @@ class Family:
     final: Read | Absent
     embeddings: tuple[str, ...]
     embedding_norm: str | None = None
+    embedding_scale: str | None = None
+    embedding_hook_only: str = ""
     bias_switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     transposed: bool = False
     norm_offset: float = 0.0
@@ -173,6 +194,7 @@ class Family:
     stack: Literal["encoder", "decoder"] | None = None
     entry: str = ""
     when: Mapping[str, object] = field(default_factory=dict)
+    disk: Mapping[str, str] = field(default_factory=dict)
 
 
 def _write(path: str) -> Write:
@@ -226,6 +248,7 @@ def _experts(
     axes: Literal["eoi", "eio"] = "eoi",
     bias: bool = False,
     down: tuple[str, ...] = (),
+    disk: tuple[str, str, str] | None = ("gate_proj", "up_proj", "down_proj"),
 ) -> Layout:
     """Return the block of a mixture of experts.
 
@@ -234,18 +257,20 @@ def _experts(
         shared: the other weights that read what the experts read.
         mlp: the module that holds them; the stream receives its output.
         axes: of the stacked experts.
-        bias: the experts have biases.
+        bias: the experts have biases, and their outputs are averaged.
         down: writers beside the experts.
+        disk: names of the modules of an expert in checkpoints; None where those hold the stacks.
     """
+    apart = tuple(f"{mlp}.experts.{{e}}.{name}" for name in disk or ())
     up, out = (
-        Experts(f"{mlp}.experts.{name}", axes, f"{mlp}.experts.{name}_bias" if bias else None)
-        for name in ("gate_up_proj", "down_proj")
+        Experts(f"{mlp}.experts.{name}", axes, f"{mlp}.experts.{name}_bias" if bias else None, parts)
+        for name, parts in (("gate_up_proj", apart[:2]), ("down_proj", apart[2:]))
     )
     beside = tuple(f"{mlp}.{name}" for name in (router, *shared))
     return replace(
         _LLAMA,
         mlp_in=Read("post_attention_layernorm", (*beside, up)),
-        mlp_out=Write(mlp, (out, *(f"{mlp}.{name}" for name in down))),
+        mlp_out=Write(mlp, (out, *(f"{mlp}.{name}" for name in down)), convex=bias and not down),
         name="mixture of experts",
     )
 
@@ -321,6 +346,7 @@ def _t5(stack: Literal["encoder", "decoder"], entry: str, final: Read) -> Family
         layouts=(plain, replace(plain, mlp_in=Read(f"layer.{mlp}.layer_norm", both), name="gated MLP")),
         final=final,
         embeddings=(f"{stack}.embed_tokens",),
+        embedding_hook_only="encoder and decoder share one embedding, and plain T5 cannot be loaded with two",
         stack=stack,
         entry=entry,
     )
@@ -352,15 +378,21 @@ _FALCON = Layout(
     name="one after the other",
 )
 
-_GEMMA3 = replace(_decoder("gemma3_text", layouts=(_GEMMA2,)), bias_switches=_ATTENTION_BIAS, norm_offset=1.0)
+_GEMMA = replace(
+    _decoder("gemma"),
+    bias_switches=_ATTENTION_BIAS,
+    norm_offset=1.0,
+    embedding_scale="embed_scale",
+)
+_GEMMA3 = replace(_GEMMA, model_types=("gemma3_text",), layouts=(_GEMMA2,))
 
 FAMILIES: tuple[Family, ...] = (
     replace(_decoder("llama"), bias_switches={**_ATTENTION_BIAS, **_MLP_BIAS}),
     _decoder("mistral"),
     _decoder("qwen2"),  # q, k, v always have a bias
     replace(_decoder("qwen3"), bias_switches=_ATTENTION_BIAS),
-    replace(_decoder("gemma"), bias_switches=_ATTENTION_BIAS, norm_offset=1.0),
-    replace(_decoder("gemma2", layouts=(_GEMMA2,)), bias_switches=_ATTENTION_BIAS, norm_offset=1.0),
+    _GEMMA,
+    replace(_GEMMA, model_types=("gemma2",), layouts=(_GEMMA2,)),
     _GEMMA3,
     # Its text settings are a config inside the config, where a switch cannot be turned on.
     replace(
@@ -371,6 +403,12 @@ FAMILIES: tuple[Family, ...] = (
         embeddings=("model.language_model.embed_tokens",),
         bias_switches={},
         entry="model.language_model",
+        embedding_hook_only="images enter the stream beside the embeddings, through the multi-modal projector",
+        disk={
+            "model.language_model": "language_model.model",
+            "model.vision_tower": "vision_tower",
+            "model.multi_modal_projector": "multi_modal_projector",
+        },
     ),
     replace(_decoder("olmo2", "olmo3", layouts=(_OLMO2,)), bias_switches=_ATTENTION_BIAS),
     _decoder("exaone4", layouts=(_OLMO2,)),
@@ -403,6 +441,7 @@ FAMILIES: tuple[Family, ...] = (
         _decoder("granite"),
         bias_switches={**_ATTENTION_BIAS, **_MLP_BIAS},
         residual_scale="residual_multiplier",
+        embedding_scale="embedding_multiplier",
     ),
     replace(_decoder("cohere", layouts=(_PARALLEL,)), bias_switches=_ATTENTION_BIAS),
     replace(
@@ -442,7 +481,10 @@ FAMILIES: tuple[Family, ...] = (
         ),
         final=Read("model.final_layernorm", ("lm_head",)),
     ),
-    _decoder("mixtral", layouts=(_experts("gate"),)),
+    replace(
+        _decoder("mixtral", layouts=(_experts("gate", disk=("w1", "w3", "w2")),)),
+        disk={"mlp": "block_sparse_moe"},
+    ),
     replace(
         _decoder(
             "qwen2_moe",
@@ -471,7 +513,7 @@ FAMILIES: tuple[Family, ...] = (
         },
     ),
     replace(
-        _decoder("gpt_oss", layouts=(_experts("router", axes="eio", bias=True),)),
+        _decoder("gpt_oss", layouts=(_experts("router", axes="eio", bias=True, disk=None),)),
         bias_switches=_ATTENTION_BIAS,
     ),
     replace(
@@ -484,6 +526,7 @@ FAMILIES: tuple[Family, ...] = (
                     mlp="feed_forward",
                     axes="eio",
                     down=("shared_expert.down_proj",),
+                    disk=None,
                 ),
                 replace(
                     _DENSE,
@@ -540,6 +583,7 @@ FAMILIES: tuple[Family, ...] = (
         final=Read("gpt_neox.final_layer_norm", ("lm_head",)),
         embeddings=("gpt_neox.embed_in",),
         bias_switches={"attention_bias": ("attention.query_key_value", "attention.dense")},
+        disk={"lm_head": "embed_out"},
     ),
     _OPT,
     # OPT-350m, where a LayerNorm follows each sum instead of going before the sublayer.
@@ -639,11 +683,21 @@ FAMILIES: tuple[Family, ...] = (
         ),
         final=Read("vit.layernorm", ("classifier",)),
         embeddings=(
-            "vit.embeddings.patch_embeddings.projection",
-            "vit.embeddings.cls_token",
             "vit.embeddings.position_embeddings",
+            "vit.embeddings.cls_token",
+            "vit.embeddings.patch_embeddings.projection",
         ),
         bias_switches={"qkv_bias": tuple(f"attention.{name}_proj" for name in "qkv")},
+        disk={
+            "vit.layers": "vit.encoder.layer",
+            **{
+                f"attention.{name[0]}_proj": f"attention.attention.{name}"
+                for name in ("query", "key", "value")
+            },
+            "attention.o_proj": "attention.output.dense",
+            "mlp.fc1": "intermediate.dense",
+            "mlp.fc2": "output.dense",
+        },
     ),
 )
 
@@ -652,3 +706,58 @@ REFUSED: Mapping[str, str] = dict.fromkeys(
     "its blocks have no attention and MLP that read and write the stream",
 )
 """Known model types without a row, and why."""
+
+
+Index: TypeAlias = tuple[int | slice, ...]
+"""Cuts a tensor out of a parameter: ``()`` is all of it, ``(3,)`` expert 3, ``(3, slice(0, 9))`` some of its rows."""
+
+
+def disk_names(model_type: str, name: str, shape: Sequence[int] = ()) -> tuple[tuple[str, Index], ...]:
+    """Return the tensors of a checkpoint that hold a parameter, each with the part of the parameter that it is.
+
+    ``checkpoint[name] == parameter[index]`` for every pair, and together they are the whole parameter. Names of
+    unknown families, and of what no row names, are those of the parameter.
+
+    Args:
+        model_type: of the config.
+        name: of the parameter in memory, as ``model.named_parameters()`` has it.
+        shape: of the parameter; needed only for stacked experts.
+
+    Raises:
+        InputError: stacked experts without a shape that fits.
+
+    Example:
+        >>> disk_names("mixtral", "model.layers.0.mlp.experts.gate_up_proj", (1, 6, 4))
+        (('model.layers.0.block_sparse_moe.experts.0.w1.weight', (0, slice(0, 3, None))), \
+('model.layers.0.block_sparse_moe.experts.0.w3.weight', (0, slice(3, 6, None))))
+        >>> disk_names("llama", "model.norm.weight")
+        (('model.norm.weight', ()),)
+    """
+    row = next((row for row in FAMILIES if model_type in row.model_types), None)
+    if row is None:
+        return ((name, ()),)
+    stack = next((e for layout in row.layouts for e in layout.experts() if name.endswith(f".{e.path}")), None)
+    if stack is None or not stack.disk:
+        return ((_renamed(name, row), ()),)
+    parts = len(stack.disk)
+    if len(shape) != 3 or shape[1] % parts:
+        raise InputError(
+            f"got shape {tuple(shape)} for {name}; needed [experts, {parts} x rows, columns], since checkpoints of "
+            f"{model_type} hold every expert apart."
+        )
+    rows = shape[1] // parts
+    base = name.removesuffix(stack.path)
+    return tuple(
+        (
+            _renamed(f"{base}{module.format(e=e)}.weight", row),
+            (e,) if parts == 1 else (e, slice(part * rows, (part + 1) * rows)),
+        )
+        for e in range(shape[0])
+        for part, module in enumerate(stack.disk)
+    )
+
+
+def _renamed(name: str, row: Family) -> str:
+    for old, new in row.disk.items():
+        name = f".{name}".replace(f".{old}.", f".{new}.", 1).removeprefix(".")
+    return name

@@ -18,7 +18,7 @@ from repe_unlearn.gguf_cache import builtin_gguf, cache_folder, converted
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DEFAULT", "Loaded", "load"]
+__all__ = ["DEFAULT", "Loaded", "load", "locate"]
 
 DEFAULT = "smollm2-135m"
 
@@ -95,6 +95,24 @@ def load(
     if place is not None:
         torch.nn.Module.to(model, place)
     return Loaded(model, tokenizer, fingerprint(model), folder)
+
+
+def locate(name_or_path: str | Path = DEFAULT, *, progress: bool = True) -> Path:
+    """Return the folder that `load` would read, without building the model; converts or downloads where needed.
+
+    Args:
+        name_or_path: as for `load`.
+        progress: show progress bars.
+
+    Raises:
+        InputError: no such path, no such hub name.
+        FileFormatError, UnsupportedModelError, MissingDependencyError: as `load`, for a GGUF file.
+
+    Example:
+        >>> export.checkpoint(locate("my/folder"), patch, "out")  # doctest: +SKIP
+    """
+    with _progress_bars(progress):
+        return _folder(name_or_path, None, False, progress)
 
 
 def _folder(

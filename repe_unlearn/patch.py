@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,20 +26,28 @@ from .tensorfile import read_tensors, write_tensors
 
 _KIND = "patch"
 _VERSION = 1
+_AT_ONCE = 2**22  # numbers that are edited at once: 32 MB in float64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Edit:
     """What is added to one parameter: ``left @ right`` (low rank) or, with ``right`` None, ``left`` itself.
 
+    Stacked parameters (the experts of a mixture, [E, rows, cols]) take factors with leading axes; a factor without
+    them is shared by the whole stack.
+
     Args:
-        left: ``[rows, r]``, or the shape of the parameter.
-        right: ``[r, cols]`` or None.
+        left: ``[..., rows, r]``, or the shape of the parameter.
+        right: ``[..., r, cols]`` or None.
         rule: which rule made it, in words; ends up in reports and manifests.
 
     Raises:
         ShapeError: left and right do not fit.
         NonFiniteError: NaN or infinity.
+
+    Example:
+        >>> Edit(torch.ones(8, 3, 1), torch.ones(1, 2), "one right for all experts").shape
+        (8, 3, 2)
     """
 
     left: Tensor
@@ -54,23 +64,30 @@ class Edit:
                     f"an edit ({self.rule}) holds NaN or infinite values; check the eraser it came from."
                 )
             object.__setattr__(self, name, value.detach().to("cpu", torch.float64).clone())
-        if self.right is not None and (
-            self.left.ndim != 2 or self.right.ndim != 2 or self.left.shape[1] != self.right.shape[0]
-        ):
+        if self.right is not None and not _fit(self.left.shape, self.right.shape):
             raise ShapeError(
                 f"an edit has left {tuple(self.left.shape)} and right {tuple(self.right.shape)}; needed "
-                "[m, r] and [r, n]."
+                "[..., m, r] and [..., r, n]."
             )
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the parameter it fits."""
-        return tuple(self.left.shape) if self.right is None else (self.left.shape[0], self.right.shape[1])
+        if self.right is None:
+            return tuple(self.left.shape)
+        return (*self._stack, self.left.shape[-2], self.right.shape[-1])
+
+    @property
+    def _stack(self) -> tuple[int, ...]:
+        """The axes of a stack before the two of its matrices."""
+        if self.right is None:
+            return tuple(self.left.shape[:-2])
+        return tuple(torch.broadcast_shapes(self.left.shape[:-2], self.right.shape[:-2]))
 
     @property
     def rank(self) -> int | None:
-        """Rank of a low-rank edit, None for a dense one."""
-        return None if self.right is None else self.left.shape[1]
+        """Rank of a low-rank edit (of every matrix of a stack), None for a dense one."""
+        return None if self.right is None else self.left.shape[-1]
 
     def delta(self) -> Tensor:
         """Return the change as a dense float64 tensor."""
@@ -81,10 +98,31 @@ class Edit:
         if self.right is None:
             return float(self.left.norm())
         # ||LR||² = tr(LᵀL RRᵀ): r×r instead of the dense product
-        return float(((self.left.T @ self.left) * (self.right @ self.right.T)).sum().clamp_min(0).sqrt())
+        return float(((self.left.mT @ self.left) * (self.right @ self.right.mT)).sum().clamp_min(0).sqrt())
+
+    def part(self, index: tuple[int | slice, ...]) -> Edit:
+        """Return the edit of ``parameter[index]``: one matrix of a stack, or some of its rows.
+
+        Args:
+            index: ``()`` for all, or one number per axis of the stack, with a slice of rows after them or not.
+
+        Example:
+            >>> Edit(torch.ones(8, 6, 1), torch.ones(1, 2), "x").part((7, slice(0, 3))).shape
+            (3, 2)
+        """
+        if not index:
+            return self
+        if self.right is None:
+            return Edit(self.left[index], None, self.rule)
+        stack = self._stack
+        left = self.left.expand(*stack, *self.left.shape[-2:])[index]
+        right = self.right.expand(*stack, *self.right.shape[-2:])[index[: len(stack)]]
+        return Edit(left, right, self.rule)
 
     def apply(self, weight: Tensor) -> Tensor:
         """Return the edited parameter: computed in float64, cast once to the parameter's dtype.
+
+        Memory besides the result: a few rows of one matrix in float64.
 
         Raises:
             ShapeError: the parameter has another shape.
@@ -93,12 +131,27 @@ class Edit:
             raise ShapeError(
                 f"the edit ({self.rule}) is for shape {self.shape}; the parameter has {tuple(weight.shape)}."
             )
-        delta = self.delta().to(weight.device)
-        return (
-            delta.add_(weight.to(torch.float64)).to(weight.dtype)
-            if self.right is not None
-            else (weight.to(torch.float64) + delta).to(weight.dtype)
-        )
+        edited = torch.empty_like(weight)
+        rows = self.shape[len(self._stack)]
+        step = max(1, _AT_ONCE * rows // max(1, math.prod(self.shape[len(self._stack) :])))
+        for stack in itertools.product(*map(range, self._stack)):
+            for start in range(0, rows, step):
+                index = (*stack, slice(start, start + step))
+                delta = self._change(index).to(weight.device)
+                edited[index] = delta.add_(weight[index].to(torch.float64)).to(weight.dtype)
+        return edited
+
+    def _change(self, index: tuple[int | slice, ...]) -> Tensor:
+        """Return some rows of one matrix of the change, a tensor of their own."""
+        part = self.part(index)
+        return part.left if part.right is None else part.left @ part.right
+
+
+def _fit(left: torch.Size, right: torch.Size) -> bool:
+    """True when two factors can be multiplied, leading axes broadcast."""
+    if len(left) < 2 or len(right) < 2 or left[-1] != right[-2]:
+        return False
+    return all(a == b or 1 in (a, b) for a, b in zip(left[-3::-1], right[-3::-1], strict=False))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -123,6 +176,8 @@ class Patch:
         zero_biases: further biases that come into being with ``config_updates`` and stay zero.
         config_updates: config keys that tell plain transformers to expect those biases.
         tied: (embedding, head) parameter names when the head must be untied first, else None.
+        adapter: the tie is to be kept in files, where the edit of one of the two belongs in an adapter
+            (``export.lora``) and not in a checkpoint. In memory ``apply_`` unties all the same.
         exactness: site -> exactness class of its bake.
         provenance: facts that travel along.
 
@@ -138,6 +193,7 @@ class Patch:
     tied: tuple[str, str] | None = None
     exactness: Mapping[str, str] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
+    adapter: bool = False
 
     def __post_init__(self) -> None:
         if not self.edits:
@@ -239,6 +295,7 @@ class Patch:
             "zero_biases": {k: list(v) for k, v in self.zero_biases.items()},
             "config_updates": dict(self.config_updates),
             "tied": self.tied,
+            "adapter": self.adapter,
             "exactness": dict(self.exactness),
             "provenance": dict(self.provenance),
         }
@@ -266,6 +323,7 @@ class Patch:
                 tuple(header["tied"]) if header["tied"] else None,
                 header["exactness"],
                 header["provenance"],
+                header.get("adapter", False),  # files of 0.1.0 lack it
             )
         except (KeyError, ShapeError, ValueError) as error:
             raise FileFormatError(f"{path} is not a whole patch ({error}); save it again.") from error

@@ -58,28 +58,7 @@ def read_tensors(
     Raises:
         FileFormatError: missing, truncated, foreign, of another kind or of a newer version.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileFormatError(f"{path} is not a file; needed a {kind} file written by repe_unlearn.")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            wanted = file.keys() if names is None else names
-            tensors = {name: file.get_tensor(name) for name in wanted}
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise FileFormatError(
-            f"{path} is not a whole safetensors file ({error}); write or copy it again."
-        ) from error
-    if _KEY not in metadata:
-        raise FileFormatError(
-            f"{path} is a safetensors file of something else; needed a {kind} file written by repe_unlearn."
-        )
-    try:
-        header = json.loads(metadata[_KEY])
-    except json.JSONDecodeError as error:
-        raise FileFormatError(f"{path} has a damaged header ({error}); write it again.") from error
-    if not isinstance(header, dict):
-        raise FileFormatError(f"{path} has a damaged header ({metadata[_KEY][:40]!r}); write it again.")
+    tensors, header = _read(Path(path), kind, names)
     if header.get("kind") != kind:
         raise FileFormatError(f"{path} holds {header.get('kind')!r}; needed {kind!r}.")
     if not isinstance(header.get("version"), int) or header["version"] > version:
@@ -87,4 +66,41 @@ def read_tensors(
             f"{path} has format version {header.get('version')!r}; this release reads up to {version}. "
             "Upgrade repe_unlearn."
         )
+    return tensors, header
+
+
+def kind_of(path: str | Path, *, among: Iterable[str]) -> str:
+    """Return which of several kinds a file holds that ``write_tensors`` made.
+
+    Raises:
+        FileFormatError: missing, truncated, foreign, or of none of the kinds.
+    """
+    kinds = tuple(among)
+    kind = _read(Path(path), " or ".join(kinds), ())[1].get("kind")
+    if kind not in kinds:
+        raise FileFormatError(f"{path} holds {kind!r}; needed {' or '.join(map(repr, kinds))}.")
+    return kind
+
+
+def _read(path: Path, wanted: str, names: Iterable[str] | None) -> tuple[dict[str, Tensor], dict]:
+    if not path.is_file():
+        raise FileFormatError(f"{path} is not a file; needed a {wanted} file written by repe_unlearn.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in (file.keys() if names is None else names)}
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise FileFormatError(
+            f"{path} is not a whole safetensors file ({error}); write or copy it again."
+        ) from error
+    if _KEY not in metadata:
+        raise FileFormatError(
+            f"{path} is a safetensors file of something else; needed a {wanted} file written by repe_unlearn."
+        )
+    try:
+        header = json.loads(metadata[_KEY])
+    except json.JSONDecodeError as error:
+        raise FileFormatError(f"{path} has a damaged header ({error}); write it again.") from error
+    if not isinstance(header, dict):
+        raise FileFormatError(f"{path} has a damaged header ({metadata[_KEY][:40]!r}); write it again.")
     return tensors, header

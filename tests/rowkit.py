@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from tiny import CONFIGS, reading, tiny, tiny_inputs
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from repe_unlearn import architectures
 from repe_unlearn.architectures import FAMILIES, Architecture, Experts, Kind, Layout, Read, Write
@@ -78,8 +79,9 @@ SLOTS: dict[str, frozenset[Kind]] = {
         ),
         frozenset({"attn_in"}),
     ),
+    "gpt_oss": _FOUR,  # its experts have biases and are averaged
     **dict.fromkeys(
-        ("qwen3", "gemma", "qwen3_moe", "qwen3_moe-mixed", "deepseek_v3", "gpt_oss", "llama4_text"),
+        ("qwen3", "gemma", "qwen3_moe", "qwen3_moe-mixed", "deepseek_v3", "llama4_text"),
         frozenset({"attn_in", "attn_out"}),
     ),
     "cohere": frozenset({"attn_out"}),
@@ -112,9 +114,18 @@ def bakes(name: str, kind: Kind) -> str:
     """Return by what rule a kind of site bakes in all layers of a case, or "" if it does not."""
     if kind in ("resid_pre", "resid_post"):
         return ""
-    if (name in MOE and kind in ("mlp_in", "mlp_out")) or (name.startswith("t5") and kind == "final"):
+    if name.startswith("t5") and kind == "final":
         return ""
     return "erasure-exact" if name in POST_NORM and kind in ("attn_out", "mlp_out") else "exact"
+
+
+def stream_class(name: str) -> str:
+    """Return how one map of the whole stream bakes."""
+    if name in POST_LAYERNORM:
+        return "impossible"
+    if name.startswith(("t5", "gemma3")) and name != "gemma3_text":
+        return "hook only"
+    return "erasure-exact" if name in POST_NORM or name == "bloom" else "exact"
 
 
 def baked_kinds() -> list[tuple[str, Kind]]:
@@ -127,11 +138,23 @@ def baked_kinds() -> list[tuple[str, Kind]]:
     ]
 
 
+class float64_throughout(TorchFunctionMode):
+    """In float64 models, routers and norms that compute in float32 do not: rounding hides nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def widened(value: Any) -> Any:
+            return torch.float64 if value is torch.float32 else value
+
+        chosen = torch.Tensor.double if func is torch.Tensor.float else func
+        return chosen(*map(widened, args), **{k: widened(v) for k, v in (kwargs or {}).items()})
+
+
 @torch.no_grad()
 def outputs(case: Case, model: nn.Module, *, seed: int = 7) -> dict[str, Tensor]:
     """Logits and the residual stream after every block, read with plain hooks."""
     blocks = case.arch(model).sites("resid_post")
-    with reading(model, blocks) as seen:
+    wide = next(model.parameters()).dtype == torch.float64
+    with reading(model, blocks) as seen, float64_throughout() if wide else nullcontext():
         logits = model(**tiny_inputs(case.model_type, seed=seed)).logits
     return {"logits": logits, **{str(site): seen[site] for site in blocks}}
 
@@ -155,13 +178,17 @@ def patched_row(monkeypatch: pytest.MonkeyPatch, model_type: str, **changes: obj
 def patched_part(
     monkeypatch: pytest.MonkeyPatch, case: Case, kind: Kind, part: Read | Write
 ) -> Iterator[None]:
-    """Give every layout of a case's row another part."""
-    family = case.arch(case.model()).family
-    changed = (
-        replace(family, final=part)
-        if kind == "final"
-        else replace(family, layouts=tuple(replace(layout, **{kind: part}) for layout in family.layouts))
-    )
+    """Give a case's row another part, wherever a layout has the part of the first block."""
+    arch = case.arch(case.model())
+    family = arch.family
+    if kind == "final":
+        changed = replace(family, final=part)
+    else:
+        layouts = (
+            replace(layout, **{kind: part}) if layout.part(kind) == arch.layouts[0].part(kind) else layout
+            for layout in family.layouts
+        )
+        changed = replace(family, layouts=tuple(layouts))
     with monkeypatch.context() as m:
         m.setattr(architectures, "FAMILIES", tuple(changed if f == family else f for f in FAMILIES))
         yield

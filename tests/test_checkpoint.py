@@ -560,22 +560,25 @@ def test_stream_is_read_by_the_reference_library(tmp_path: Path) -> None:
             assert torch.equal(read_tensor(read_header(ours), name).float(), tensor.float())
 
 
-@pytest.mark.parametrize("kernel", ["refuses", "is missing", "copies in pieces"])
+@pytest.mark.parametrize("kernel", ["refuses", "is missing", "copies in pieces", "gives up"])
 def test_slices_are_copied_on_every_system(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: str
 ) -> None:
-    source, real = tmp_path / "source", os.sendfile
+    source, real = tmp_path / "source", os.copy_file_range
     source.write_bytes(bytes(range(256)) * 40_000)
 
     def refuse(*args: int) -> int:
-        raise OSError(errno.EINVAL, "Invalid argument")
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
 
     if kernel == "is missing":
-        monkeypatch.delattr(os, "sendfile")
-    elif kernel == "refuses":
-        monkeypatch.setattr(os, "sendfile", refuse)
+        monkeypatch.delattr(os, "copy_file_range")
     else:
-        monkeypatch.setattr(os, "sendfile", lambda out, into, at, n: real(out, into, at, min(n, 1_000_003)))
+        ways = {
+            "refuses": refuse,
+            "gives up": lambda *args: 0,
+            "copies in pieces": lambda into, out, n, at: real(into, out, min(n, 1_000_003), at),
+        }
+        monkeypatch.setattr(os, "copy_file_range", ways[kernel])
     target = tmp_path / "x.safetensors"
     write_stream(
         target, [TensorSpec("w", "U8", (10_000_000,))], lambda name: FileSlice(source, 100, 10_000_100)
@@ -588,6 +591,30 @@ def test_slices_are_copied_on_every_system(
             lambda name: FileSlice(source, 0, 20_000_000),
         )
     assert not (tmp_path / "y.safetensors").exists()
+
+
+def test_shared_blocks_are_rewritten_only_where_edited(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a file system that can clone (played here by a copy), only edited tensors are written."""
+    import fcntl
+
+    model = tiny_llama()
+    patch = patch_for(model)
+    source = save(tmp_path / "source", model)
+    plain = export(source, patch, tmp_path / "plain")
+    cloned: list[int] = []
+
+    def ioctl(target: int, request: int, origin: int) -> int:
+        cloned.append(os.sendfile(target, origin, 0, os.fstat(origin).st_size))
+        os.lseek(target, 0, os.SEEK_SET)
+        return 0
+
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
+    out = export(source, patch, tmp_path / "cloned")
+    size = (source / "model.safetensors").stat().st_size
+    assert cloned == [size]
+    assert (out / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
 
 
 def test_stream_holds_producers_to_their_promise(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import repe_unlearn as ru
 from repe_unlearn import demo, models
 from repe_unlearn.cli import app
 
-COMMANDS = ("demo", "info", "discover", "fit", "bake", "export", "verify")
+COMMANDS = ("demo", "info", "discover", "fit", "bake", "export", "diff", "revert", "verify")
 
 
 @pytest.fixture(autouse=True)
@@ -106,8 +106,8 @@ def test_help_lists_every_command_and_the_exit_codes() -> None:
             ("MODEL", "OUT", "--contrast", "--pairs", "--sites", "--layers", "--solver", "--linear", "--select",
              "--test", "--independent", "--seed", "--force", "attn_in", "leace", "mean_difference", ".jsonl/.csv"),
         ),
-        ("bake", ("MODEL", "PLAN", "OUT", "--allow", "erasure-exact", "--force")),
-        ("export", ("MODEL", "PATCH", "OUT", "--force", "transformers")),
+        ("bake", ("MODEL", "PLAN", "OUT", "--out", "--allow", "erasure-exact", "--force")),
+        ("export", ("MODEL", "PATCH|PLAN", "OUT", "--checkpoint", "--lora", "--allow", "--force", "transformers")),
         ("verify", ("MODEL", "PLAN", "--out", "--contrast", "--exported", "--prompts", "--force", "code 3")),
     ],
 )  # fmt: skip
@@ -350,7 +350,8 @@ def test_mistakes_that_need_no_model(chain: Path, tmp_path: Path) -> None:
         ("bake", model, truncated, out): "not a whole safetensors file",
         ("bake", model, chain / "patch.safetensors", out): "holds 'patch'; needed 'erasure plan'",
         ("bake", model, model / "model.safetensors", out): "a safetensors file of something else",
-        ("export", model, plan, out): "holds 'erasure plan'; needed 'patch'",
+        ("export", model, model / "model.safetensors", out): "needed a patch or erasure plan file",
+        ("export", model, truncated, out): "not a whole safetensors file",
         ("export", model, tmp_path / "none.safetensors", out): "is not a file",
         ("verify", model, tmp_path / "none.safetensors", "--out", out): "is not a file",
         ("verify", model, truncated, "--out", out): "not a whole safetensors file",

@@ -55,21 +55,24 @@ def what_matters(family: Family, model: nn.Module) -> dict[str, Any]:
     """Return what a row says of a model, without what a discovered row may have otherwise.
 
     Left out: the order of readers, writers, embeddings and switched modules; layouts and switched modules that this model does
-    not have, names of layouts; reasons; other model types of the row; ``when``, ``entry``, ``stack`` and ``hook_only``, which
-    no experiment on one model tells. Where one module reads its own input, its parent with the same input may be named.
+    not have, names of layouts; reasons; other model types of the row; ``when``, ``entry``, ``stack``, ``hook_only``,
+    ``embedding_scale`` and names on disk, which no experiment on one model tells. Where one module reads its own input, its parent with the same input may be named.
     """
     arch = Architecture.bind(family, model)
     assert arch is not None
     blocks = [model.get_submodule(arch.block(i)) for i in range(arch.n_layers)]
     modules = [{name for name, _ in block.named_modules()} for block in blocks]
 
+    def named(weights: tuple[Weight, ...]) -> frozenset[Weight]:
+        return frozenset(replace(w, disk=()) if isinstance(w, Experts) else w for w in weights)
+
     def part(found: Read | Write | Absent) -> object:
         if isinstance(found, Absent):
             return "absent"
         if isinstance(found, Write):
-            return found.path, frozenset(found.writers), found.norm
+            return found.path, named(found.writers), found.norm
         only = found.side == "input" and len(found.readers) == 1
-        return found.readers[0] if only else found.path, frozenset(found.readers), found.side
+        return found.readers[0] if only else found.path, named(found.readers), found.side
 
     return {
         "blocks": family.blocks,

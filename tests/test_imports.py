@@ -48,9 +48,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "discovery",
         "estimator",
         "diagnostics",
+        "algebra",
+        "quantisation",
     ),
-    ("activations", "sequential", "hooks", "gate", "folding"),
+    ("activations", "sequential", "hooks", "gate", "linears", "stream", "folding"),
     ("audit", "export"),
+    ("named_tensors", "difference", "undo"),
     ("demo", "cli", "__main__"),
 )
 # Neighbours of one layer that must not know each other: that hooks and baked weights agree is a test.

@@ -73,6 +73,33 @@ def test_edits_by_hand() -> None:
     assert thin.norm() > 0  # owns its tensors
 
 
+@pytest.mark.parametrize(
+    ("left", "right"), [((3, 4, 2), (2, 5)), ((4, 2), (3, 2, 5)), ((3, 4, 2), (1, 2, 5))]
+)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_edits_of_stacks(left: tuple[int, ...], right: tuple[int, ...], dtype: torch.dtype) -> None:
+    a, b = torch.randn(left, dtype=torch.float64), torch.randn(right, dtype=torch.float64)
+    edit, weight = Edit(a, b, "x"), torch.randn(3, 4, 5).to(dtype)
+    assert (edit.shape, edit.rank) == ((3, 4, 5), 2)
+    assert math.isclose(edit.norm(), float((a @ b).norm()), rel_tol=1e-12)
+    new = edit.apply(weight)
+    torch.testing.assert_close(new, (weight.double() + a @ b).to(dtype))
+    torch.testing.assert_close(Edit(a @ b, None, "dense").apply(weight), new)
+    for index in ((), (2,), (1, slice(1, 3))):
+        torch.testing.assert_close(edit.part(index).apply(weight[index]), new[index])
+        assert edit.part(index).shape == tuple(weight[index].shape)
+
+
+def test_large_weights_are_edited_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    edit = Edit(torch.randn(7, 2, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64), "x")
+    weight, bias = torch.randn(7, 5), torch.randn(7)
+    whole = edit.apply(weight)
+    monkeypatch.setattr(patch_module, "_AT_ONCE", 12)  # two rows
+    torch.testing.assert_close(edit.apply(weight), whole)
+    shift = torch.arange(7.0)
+    assert torch.equal(Edit(shift, None, "bias").apply(bias), (bias.double() + shift).float())
+
+
 def test_edits_round_once() -> None:
     edit = Edit(torch.full((1, 1), 2.0**-9), torch.ones(1, 1), "x")
     one = torch.ones(1, 1, dtype=torch.bfloat16)
@@ -82,8 +109,13 @@ def test_edits_round_once() -> None:
 
 
 def test_bad_edits() -> None:
-    with pytest.raises(ShapeError, match=r"left \(4, 2\) and right \(3, 4\); needed \[m, r\] and \[r, n\]"):
+    with pytest.raises(
+        ShapeError, match=r"left \(4, 2\) and right \(3, 4\); needed \[\.\.\., m, r\] and \[\.\.\., r, n\]"
+    ):
         Edit(torch.zeros(4, 2), torch.zeros(3, 4), "x")
+    for left, right in (((3, 4, 2), (2, 2, 5)), ((2,), (2, 5)), ((4, 2), (2,))):
+        with pytest.raises(ShapeError, match="needed"):
+            Edit(torch.zeros(left), torch.zeros(right), "x")
     for left, right in ((torch.tensor([math.nan]), None), (torch.zeros(2, 1), torch.full((1, 2), math.inf))):
         with pytest.raises(NonFiniteError, match=r"an edit \(rule\) holds NaN or infinite"):
             Edit(left, right, "rule")

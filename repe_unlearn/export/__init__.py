@@ -1,5 +1,9 @@
-"""Write edited models: a patched safetensors checkpoint, streamed tensor by tensor."""
+"""Write edited models: streamed checkpoints, LoRA adapters, GGUF files, control vectors, modules for torch.export."""
 
 from repe_unlearn.export.checkpoint import checkpoint
+from repe_unlearn.export.control_vector import control_vector
+from repe_unlearn.export.gguf import gguf
+from repe_unlearn.export.lora import lora
+from repe_unlearn.export.torch_module import torch_module
 
-__all__ = ["checkpoint"]
+__all__ = ["checkpoint", "control_vector", "gguf", "lora", "torch_module"]

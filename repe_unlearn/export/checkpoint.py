@@ -1,39 +1,47 @@
-"""Write a patched copy of a safetensors checkpoint, tensor by tensor, without building the model."""
+"""Write a patched copy of a checkpoint, tensor by tensor, without building the model."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from threading import Event, Lock
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
-from torch import Tensor
 
-from repe_unlearn.errors import (
-    InputError,
-    ModelMismatchError,
-    NonFiniteError,
-    ShapeError,
-    UnsupportedModelError,
+from repe_unlearn.errors import FileFormatError, InputError
+from repe_unlearn.export.copying import FileSlice, append
+from repe_unlearn.export.folder import (
+    MANIFEST,
+    PROGRESS,
+    check_places,
+    new_folder,
+    other_files,
+    read_json,
+    remote_folder,
+    strict_json,
 )
-from repe_unlearn.export.folder import MANIFEST, check_places, new_folder, other_files, read_json, strict_json
-from repe_unlearn.export.safetensors_io import (
-    FileSlice,
-    Header,
-    TensorSpec,
-    index,
-    read_header,
-    read_tensor,
-    tensor_bytes,
-    write_stream,
+from repe_unlearn.export.matching import (
+    Draft,
+    PatchLike,
+    Target,
+    check_print,
+    draft,
+    resume_key,
+    slice_digest,
 )
-from repe_unlearn.fingerprints import digest, sample_positions
+from repe_unlearn.export.places import Place, RemotePath, place, size_of
+from repe_unlearn.export.rewrite import new_values
+from repe_unlearn.export.safetensors_io import Content, Header, index, read_header, write_stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,48 +49,11 @@ if TYPE_CHECKING:
 __all__ = ["checkpoint"]
 
 _INDEX = "model.safetensors.index.json"
-_EDITABLE = ("F64", "F32", "F16", "BF16")
 
 
-class Edit(Protocol):
-    """What this module needs of one edit: a pure map from the old to the new tensor, same shape and dtype."""
-
-    def apply(self, weight: Tensor) -> Tensor: ...
-
-
-class PatchLike(Protocol):
-    """What this module needs of a patch; `repe_unlearn.patch.Patch` has it."""
-
-    @property
-    def edits(self) -> Mapping[str, Any]: ...
-    @property
-    def new_biases(self) -> Mapping[str, tuple[int, ...]]: ...
-    @property
-    def zero_biases(self) -> Mapping[str, tuple[int, ...]]: ...
-    @property
-    def config_updates(self) -> Mapping[str, object]: ...
-    @property
-    def fingerprint(self) -> str: ...
-    @property
-    def untie(self) -> bool: ...
-    @property
-    def tied(self) -> tuple[str, str] | None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """Everything that will be written, decided before the first byte is."""
-
-    shards: dict[str, list[TensorSpec]]  # file name -> tensors
-    origin: dict[str, tuple[Header, str] | None]  # tensor -> where its old value lies; None: zeros
-    edits: Mapping[str, Edit]
-    config: dict[str, Any]
-    edited: dict[str, dict[str, object]] = field(default_factory=dict)  # filled while writing
-    added: dict[str, dict[str, object]] = field(default_factory=dict)
-
-
+@overload
 def checkpoint(
-    source: Path,
+    source: str | Path,
     patch: PatchLike,
     out: Path,
     *,
@@ -90,213 +61,120 @@ def checkpoint(
     force: bool = False,
     manifest: Mapping[str, object] | None = None,
     check_fingerprint: bool = True,
+    workers: int | None = None,
+    verify: bool = False,
     progress: bool = True,
-) -> Path:
+) -> Path: ...
+@overload
+def checkpoint(
+    source: str | Path,
+    patch: PatchLike,
+    out: str,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    force: bool = False,
+    manifest: Mapping[str, object] | None = None,
+    check_fingerprint: bool = True,
+    workers: int | None = None,
+    verify: bool = False,
+    progress: bool = True,
+) -> Path | str: ...
+def checkpoint(
+    source: str | Path,
+    patch: PatchLike,
+    out: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    force: bool = False,
+    manifest: Mapping[str, object] | None = None,
+    check_fingerprint: bool = True,
+    workers: int | None = None,
+    verify: bool = False,
+    progress: bool = True,
+) -> Path | str:
     """Copy a checkpoint to `out` with the edits of `patch` applied; every other tensor stays byte for byte.
 
-    The folder appears whole or not at all. Peak memory is what one edit needs for its tensor. Shards and
-    all files that are no weights are kept; other copies of the weights (pickles, GGUF) are left behind, as
+    The folder appears whole or not at all. Peak memory is a few megabytes per worker, however large the tensors are.
+    Shards and all files that are no weights are kept; other copies of the weights (pickles, GGUF) are left behind, as
     they still hold what the edit removes. `repe_manifest.json` lists what was done.
 
+    A process that is killed on the way leaves a hidden folder beside `out`; the same call goes on where it stopped,
+    and a call with another patch or source removes it. An error or Ctrl-C removes it at once.
+
     Args:
-        source: folder with `config.json` and `model.safetensors` or its shards.
-        patch: the edits, by the parameter names of the checkpoint.
-        out: folder to make; missing parents are made too.
+        source: folder with `config.json` and the weights: safetensors or pickles (`.bin`, local only), in one file or
+            in shards. A path, or a URL that fsspec opens. Names of tensors are those of the model's parameters, or
+            those that the family has on disk (experts apart, older names).
+        patch: the edits, by the names of the parameters.
+        out: folder to make, always with safetensors; missing parents are made too. A URL is written to directly,
+            `config.json` last, as stores cannot move a folder in one step, and cannot be taken up again.
         tokenizer: written over the tokenizer files of `source` when given.
         force: replace an `out` that exists and is a checkpoint (or empty).
         manifest: more entries for the manifest; strict JSON (no NaN), no key of our own.
         check_fingerprint: refuse a source whose weights are not those the patch was made for. Turn it off to
             patch the full-precision checkpoint of a model that was fitted in 4 or 8 bits.
+        workers: files that are written at the same time, >= 1; default one per CPU core, at most 4.
+        verify: read everything back: untouched tensors are held against the source, edited ones against the hash
+            of what was computed, and the manifest gets the hash of every file of weights.
         progress: show a progress bar.
 
     Returns:
         `out`.
 
     Raises:
-        OutputExistsError: `out` exists and `force` is off, or it holds something else than a checkpoint.
+        OutputExistsError: `out` exists and `force` is off, or it holds something else than a checkpoint, or another
+            process is writing it.
         ModelMismatchError: the patch names tensors that the source lacks, or has other shapes or fingerprint.
         UnsupportedModelError: an edited tensor is stored quantised.
         NonFiniteError: an edit produced NaN or infinity.
-        FileFormatError: the source is truncated or no safetensors checkpoint.
-        InputError: `out` and `source` lie in each other, or the manifest is no strict JSON.
+        FileFormatError: the source is truncated or no checkpoint, or `verify` found other bytes than were written.
+        InputError: `out` and `source` lie in each other, the manifest is no strict JSON, `workers` is below 1.
+        MissingDependencyError: a URL whose file system is not installed.
 
     Example:
         >>> checkpoint(loaded.source, patch, Path("smollm2-without-gender"))  # doctest: +SKIP
     """
-    source, out = Path(source), Path(out)
-    check_places(source, out, force)
-    headers = {file: read_header(file) for file in sorted(set(index(source).values()))}
-    config = read_json(source / "config.json")
+    if workers is not None and workers < 1:
+        raise InputError(f"got workers={workers}; needed at least 1.")
+    origin, target = place(source), place(out)
+    check_places(origin, target, force)
+    headers = _headers(origin)
+    config = read_json(origin / "config.json")
     if check_fingerprint and patch.fingerprint:
-        _check_print(patch, config, headers)
-    plan = _plan(patch, config, headers)
-    report = _manifest(source, patch, config, manifest or {})
-    used = {*plan.shards, _INDEX, "config.json", MANIFEST}
-    files, left_out = other_files(source, used, own_tokenizer=tokenizer is not None)
+        check_print(patch, config, headers)
+    plan = draft(patch, config, headers)
+    report = _manifest(origin, patch, config, manifest or {})
+    used = {*plan.files, *(file.name for file in headers), _INDEX, "config.json", MANIFEST}
+    files, left_out = other_files(origin, used, own_tokenizer=tokenizer is not None)
+    workers = workers or min(4, os.cpu_count() or 1)
 
-    with new_folder(out, force) as folder:
+    with _folder(target, force, partial(resume_key, plan, patch)) as folder:
         for name in files:
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / name, folder / name)
-        _write_json(folder / "config.json", plan.config)
+            _copy(origin / name, folder / name)
         if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        _write_weights(folder, plan, headers, progress)
-        _write_index(source, folder, plan)
-        report |= {"edited": plan.edited, "added": plan.added, "left_out": left_out}
+            _save_tokenizer(tokenizer, folder)
+        edited, added = _write_weights(folder, plan, workers, progress)
+        _write_index(origin, folder, plan)
+        if verify:
+            report["files"] = _verify(folder, plan, edited, workers)
+        report |= {"edited": edited, "added": added, "left_out": left_out}
         _write_json(folder / MANIFEST, report)
-    return out
+        _write_json(folder / "config.json", plan.config)
+    return str(target) if isinstance(target, RemotePath) else target
 
 
-# Deciding what to write
+def _headers(folder: Any) -> dict[Any, Header]:
+    return {file: read_header(file) for file in sorted(set(index(folder).values()), key=str)}
 
 
-def _plan(patch: PatchLike, config: dict[str, Any], headers: Mapping[Path, Header]) -> _Plan:
-    """Match the patch with the checkpoint; raises before anything is written."""
-    home = {name: file for file, header in headers.items() for name in header.specs}
-    shards = {file.name: list(header.specs.values()) for file, header in headers.items()}
-    origin: dict[str, tuple[Header, str] | None] = {n: (headers[file], n) for n, file in home.items()}
-    updates = dict(patch.config_updates)
-
-    if patch.untie and patch.tied:
-        embedding, head = patch.tied
-        _require(home, [embedding])
-        _check_tied(config, headers, home, embedding, head)
-        spec = headers[home[embedding]].specs[embedding]
-        if head not in home:
-            shards[home[embedding].name].append(TensorSpec(head, spec.dtype, spec.shape))
-            home[head] = home[embedding]
-        origin[head] = (headers[home[embedding]], embedding)
-        updates["tie_word_embeddings"] = False
-
-    for name, shape in {**patch.zero_biases, **patch.new_biases}.items():
-        if name in home:
-            raise ModelMismatchError(
-                f"The patch creates {name}, which the checkpoint has already: it is for another model."
-            )
-        weight = _weight_beside(name, home)
-        spec = headers[home[weight]].specs[weight]
-        if not shape or shape[-1] not in spec.shape:
-            raise ModelMismatchError(f"Bias {name} {list(shape)} does not fit {weight} {list(spec.shape)}.")
-        _require_plain(spec)
-        shards[home[weight].name].append(TensorSpec(name, spec.dtype, tuple(shape)))
-        origin[name] = None
-
-    _require(origin, patch.edits)
-    for specs in shards.values():
-        for spec in specs:
-            if spec.name in patch.edits:
-                _require_plain(spec)
-    return _Plan(shards, origin, patch.edits, _updated(config, updates))
-
-
-def _require(held: Mapping[str, object], names: Mapping[str, object] | list[str]) -> None:
-    missing = sorted(set(names) - set(held))
-    if missing:
-        raise ModelMismatchError(
-            f"The checkpoint lacks {len(missing)} tensors that the patch names: {', '.join(missing[:8])}"
-            f"{', ...' if len(missing) > 8 else ''}. It holds for example {', '.join(sorted(held)[:3])}. "
-            "Use the checkpoint of the model the patch was made for; if its files use other names than the "
-            "model, save it once with model.save_pretrained(folder) and patch that."
-        )
-
-
-def _require_plain(spec: TensorSpec) -> None:
-    if spec.dtype not in _EDITABLE:
-        raise UnsupportedModelError(
-            f"{spec.name} is stored as {spec.dtype}, and quantised weights are never edited in place. "
-            "Patch the full-precision checkpoint (check_fingerprint=False if it was fitted quantised)."
-        )
-
-
-def _weight_beside(bias: str, home: Mapping[str, Path]) -> str:
-    stem = bias.removesuffix("_bias").removesuffix(".bias")
-    for candidate in (f"{stem}.weight", stem):
-        if candidate in home:
-            return candidate
-    raise ModelMismatchError(f"The patch creates {bias}, but there is no {stem}.weight.")
-
-
-def _check_tied(
-    config: Mapping[str, Any],
-    headers: Mapping[Path, Header],
-    home: Mapping[str, Path],
-    embedding: str,
-    head: str,
-) -> None:
-    """Untying copies the embedding over the head: that is right only where both are one matrix."""
-    tie = config.get("tie_word_embeddings")
-    if head not in home and tie is not False:
-        return
-    if head in home and tie is True:
-        return  # transformers ignores a stored head then
-    if head in home and _digest_slice(headers[home[head]], head) == _digest_slice(
-        headers[home[embedding]], embedding
-    ):
-        return
-    raise ModelMismatchError(
-        f"The patch unties {head} from {embedding}, but this checkpoint has them apart already. "
-        "Use the checkpoint of the model the patch was made for."
-    )
-
-
-def _digest_slice(header: Header, name: str) -> bytes:
-    state = hashlib.blake2b()
-    where = header.slices[name]
-    with where.path.open("rb") as stream:
-        stream.seek(where.begin)
-        for begin in range(where.begin, where.end, 1 << 22):
-            state.update(stream.read(min(1 << 22, where.end - begin)))
-    return state.digest()
-
-
-def _check_print(patch: PatchLike, config: Mapping[str, Any], headers: Mapping[Path, Header]) -> None:
-    """Compare the fingerprint of the files with that of the patch."""
-    names = {name: header for header in headers.values() for name in header.specs}
-    if patch.untie and patch.tied:
-        names.pop(patch.tied[1], None)  # one parameter under two names counts once
-    got = digest(
-        str(config.get("model_type", "")), (_sampled(h, n) for n, h in names.items() if _counts(h, n))
-    )
-    if got != patch.fingerprint:
-        raise ModelMismatchError(
-            f"The patch was made for weights with fingerprint {patch.fingerprint}, the source has {got}. Use "
-            "the checkpoint the model was loaded from. If you know that it is the right one (it was fitted "
-            "in 4 or 8 bits, or its files use other names than the model), pass check_fingerprint=False."
-        )
-
-
-def _counts(header: Header, name: str) -> bool:
-    # Old checkpoints store these buffers; the fingerprint of a model knows parameters only.
-    return header.specs[name].torch_dtype is not None and not name.endswith(
-        (".inv_freq", ".attn.masked_bias")
-    )
-
-
-def _sampled(header: Header, name: str) -> tuple[str, tuple[int, ...], Tensor]:
-    spec, where = header.specs[name], header.slices[name]
-    dtype = spec.torch_dtype or torch.uint8
-    positions = sample_positions(spec.nbytes // dtype.itemsize)
-    data = bytearray()
-    with header.path.open("rb") as stream:
-        for position in positions:
-            stream.seek(where.begin + position * dtype.itemsize)
-            data += stream.read(dtype.itemsize)
-    values = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-    return name, spec.shape, values
-
-
-def _updated(config: Mapping[str, Any], updates: Mapping[str, object]) -> dict[str, Any]:
-    new = {**config, **updates}
-    # A composite config keeps the switches of its language model one level down, where the model reads them.
-    if isinstance(text := config.get("text_config"), dict):
-        new["text_config"] = {**text, **updates}
-    strict_json(new, "config_updates")
-    return new
+def _folder(out: Place, force: bool, key: Callable[[], str]) -> AbstractContextManager[Place]:
+    if isinstance(out, RemotePath):
+        return remote_folder(out, force)
+    return new_folder(out, force, key=key())
 
 
 def _manifest(
-    source: Path, patch: PatchLike, config: Mapping[str, Any], more: Mapping[str, object]
+    source: Place, patch: PatchLike, config: Mapping[str, Any], more: Mapping[str, object]
 ) -> dict[str, object]:
     report: dict[str, object] = {
         "format": 1,
@@ -310,7 +188,7 @@ def _manifest(
     }
     if (source / MANIFEST).is_file():
         report["previous"] = read_json(source / MANIFEST)
-    clash = sorted({*report, "edited", "added", "left_out"} & set(more))
+    clash = sorted({*report, "edited", "added", "left_out", "files"} & set(more))
     if clash:
         raise InputError(
             f"The manifest entries {', '.join(clash)} are written by checkpoint(); rename yours."
@@ -327,74 +205,166 @@ def _version() -> str:
         return "not installed"
 
 
-# Writing
+def _copy(source: Place, target: Place) -> None:
+    if isinstance(target, Path):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("wb", buffering=0) as stream:
+        append(FileSlice(source, 0, size_of(source)), stream)
 
 
-def _write_weights(folder: Path, plan: _Plan, headers: Mapping[Path, Header], progress: bool) -> None:
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Place) -> None:
+    if isinstance(folder, Path):
+        tokenizer.save_pretrained(folder)
+        return
+    with tempfile.TemporaryDirectory() as here:
+        tokenizer.save_pretrained(here)
+        for path in Path(here).iterdir():
+            _copy(path, folder / path.name)
+
+
+_Notes = dict[str, dict[str, object]]
+
+
+def _write_weights(folder: Place, plan: Draft, workers: int, progress: bool) -> tuple[_Notes, _Notes]:
+    """Write all files of weights; return what was edited and what was added, by name on disk."""
     from tqdm import tqdm
 
-    metadata = {file.name: {**header.metadata, "format": "pt"} for file, header in headers.items()}
-    total = sum(spec.nbytes for specs in plan.shards.values() for spec in specs)
-    with tqdm(
-        total=total, unit="B", unit_scale=True, desc="patched checkpoint", disable=not progress, leave=False
-    ) as bar:
-        for shard, specs in plan.shards.items():
-            by_name = {spec.name: spec for spec in specs}
-            produce = partial(_produce, plan, shard, by_name, bar.update)
-            write_stream(folder / shard, specs, produce, metadata[shard])
+    total = sum(target.spec.nbytes for targets in plan.files.values() for target in targets.values())
+    lock, bar = (
+        Lock(),
+        tqdm(total=total, unit="B", unit_scale=True, desc="checkpoint", disable=not progress, leave=False),
+    )
 
+    def advance(count: int) -> None:
+        with lock:
+            bar.update(count)
 
-def _produce(
-    plan: _Plan, shard: str, specs: Mapping[str, TensorSpec], advance: Callable[[float], object], name: str
-) -> Tensor | FileSlice:
-    spec, origin = specs[name], plan.origin[name]
-    edit = plan.edits.get(name)
-    advance(spec.nbytes)
-    is_new = origin is None or origin[1] != name
-    if is_new:
-        plan.added[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "file": shard}
-    if edit is None:
-        return (
-            torch.zeros(spec.shape, dtype=spec.torch_dtype) if origin is None else origin[0].slices[origin[1]]
+    with bar:
+        notes = _in_parallel(
+            [partial(_write_file, folder, name, plan, advance) for name in plan.files], workers
         )
-    old = torch.zeros(spec.shape, dtype=spec.torch_dtype) if origin is None else read_tensor(*origin)
-    new = _applied(name, edit, old)
-    plan.edited[name] = {
+    edited, added = ({k: v for note in notes for k, v in note[part].items()} for part in ("edited", "added"))
+    return edited, added
+
+
+def _in_parallel(jobs: list[Callable[[Event], Any]], workers: int) -> list[Any]:
+    """Run jobs in threads; the first error, and Ctrl-C, ends the others soon. Results in the order of the jobs."""
+    stop = Event()
+    with ThreadPoolExecutor(workers) as pool:
+        futures = [pool.submit(job, stop) for job in jobs]
+        try:
+            done, waiting = wait(futures, return_when=FIRST_EXCEPTION)
+            errors = [error for future in done if (error := future.exception()) is not None]
+            if waiting or errors:
+                stop.set()
+                raise next(error for error in errors if not isinstance(error, CancelledError))
+        finally:
+            stop.set()
+            for future in futures:
+                future.cancel()
+    return [future.result() for future in futures]
+
+
+def _write_file(
+    folder: Place, name: str, plan: Draft, advance: Callable[[int], None], stop: Event
+) -> dict[str, _Notes]:
+    """Write one file of weights, unless notes say that an earlier run did."""
+    targets, source = plan.files[name], plan.sources[name]
+    path, note = folder / name, folder / PROGRESS / f"{name}.json"
+    if isinstance(path, Path) and path.exists():
+        if note.is_file() and (notes := read_json(note)).pop("size") == path.stat().st_size:
+            advance(sum(target.spec.nbytes for target in targets.values()))
+            return notes
+        path.unlink()
+    notes: dict[str, Any] = {"edited": {}, "added": {}}
+
+    def produce(tensor: str) -> Content:
+        if stop.is_set():
+            raise CancelledError
+        target = targets[tensor]
+        advance(target.spec.nbytes)
+        if target.is_new:
+            shape = list(target.spec.shape)
+            notes["added"][tensor] = {"dtype": target.spec.dtype, "shape": shape, "file": name}
+        if target.edit is None:
+            return _old(target)
+        return _new(target, name, notes["edited"])
+
+    metadata = {**source.metadata, "format": "pt"}
+    specs = [target.spec for target in targets.values()]
+    write_stream(path, specs, produce, metadata, like=source if source.slices else None)
+    if isinstance(path, Path) and isinstance(note, Path):
+        fresh = note.with_suffix(".new")
+        fresh.write_text(json.dumps({**notes, "size": path.stat().st_size}))
+        fresh.replace(note)
+    return notes
+
+
+def _old(target: Target) -> Content:
+    if target.origin is None:
+        return torch.zeros(target.spec.shape, dtype=target.spec.torch_dtype)
+    header, name = target.origin
+    return header.tensors[name] if name in header.tensors else header.slices[name]
+
+
+def _new(target: Target, file: str, edited: _Notes) -> Iterator[memoryview]:
+    edit, spec = target.own_edit(), target.spec
+    assert edit is not None
+    state = hashlib.blake2b(digest_size=16)
+    for block in new_values(edit, spec, target.origin):
+        state.update(block)
+        yield block
+    edited[spec.name] = {
+        **({} if target.parameter == spec.name else {"parameter": target.parameter}),
         "rule": str(getattr(edit, "rule", type(edit).__name__)),
         "rank": getattr(edit, "rank", None),
-        "file": shard,
-        "blake2b": hashlib.blake2b(tensor_bytes(new), digest_size=16).hexdigest(),
+        "file": file,
+        "blake2b": state.hexdigest(),
     }
-    return new
 
 
-def _applied(name: str, edit: Edit, old: Tensor) -> Tensor:
-    """Return the new tensor on the CPU, contiguous, after holding the edit to its promise."""
-    shape, dtype = old.shape, old.dtype
-    try:
-        new = edit.apply(old).detach().cpu().contiguous()
-    except (RuntimeError, ShapeError) as error:
-        raise ModelMismatchError(
-            f"The edit of {name} does not fit the checkpoint's tensor {list(shape)}: {error}"
-        ) from error
-    if new.shape != shape or new.dtype != dtype:
-        raise ModelMismatchError(
-            f"The edit of {name} returned {new.dtype} {list(new.shape)}; needed {dtype} {list(shape)}."
-        )
-    if not torch.isfinite(new).all():
-        raise NonFiniteError(
-            f"The edit of {name} produced NaN or infinite values in {dtype}. Check the patch, or patch a "
-            "checkpoint in a wider dtype."
-        )
-    return new
+def _verify(folder: Place, plan: Draft, edited: _Notes, workers: int) -> dict[str, object]:
+    """Hold everything that was written against what should be there; return the hash of every file."""
+
+    def check(name: str, stop: Event) -> str:
+        written = read_header(folder / name)
+        for tensor, target in plan.files[name].items():
+            if stop.is_set():
+                raise CancelledError
+            if target.edit is not None:
+                wanted = edited[tensor]["blake2b"]
+            elif target.origin is not None:
+                wanted = slice_digest(*target.origin)
+            else:
+                wanted = hashlib.blake2b(bytes(target.spec.nbytes), digest_size=16).hexdigest()
+            if slice_digest(written, tensor) != wanted:
+                raise FileFormatError(
+                    f"{tensor} in {folder / name} does not read back as it was written. Check the disk."
+                )
+        state = hashlib.blake2b(digest_size=16)
+        with (folder / name).open("rb") as stream:
+            while block := stream.read(1 << 22):
+                state.update(block)
+        return state.hexdigest()
+
+    hashes = _in_parallel([partial(check, name) for name in plan.files], workers)
+    return {name: {"blake2b": found} for name, found in zip(plan.files, hashes, strict=True)}
 
 
-def _write_index(source: Path, folder: Path, plan: _Plan) -> None:
-    if not (source / _INDEX).is_file() or set(plan.shards) == {"model.safetensors"}:
+def _write_index(source: Place, folder: Place, plan: Draft) -> None:
+    listing = next(
+        (
+            path
+            for path in (source / _INDEX, source / "pytorch_model.bin.index.json")
+            if path.is_file() and set(plan.files) != {"model.safetensors"}
+        ),
+        None,
+    )
+    if listing is None:
         return
-    table = read_json(source / _INDEX)
-    listed = [(spec, shard) for shard, specs in plan.shards.items() for spec in specs]
-    table["weight_map"] = {spec.name: shard for spec, shard in sorted(listed, key=lambda pair: pair[0].name)}
+    table = read_json(listing)
+    listed = [(target.spec, file) for file, targets in plan.files.items() for target in targets.values()]
+    table["weight_map"] = {spec.name: file for spec, file in sorted(listed, key=lambda pair: pair[0].name)}
     sizes = {"total_size": sum(spec.nbytes for spec, _ in listed)}
     if "total_parameters" in table.get("metadata", {}):
         sizes["total_parameters"] = sum(torch.Size(spec.shape).numel() for spec, _ in listed)
@@ -402,5 +372,5 @@ def _write_index(source: Path, folder: Path, plan: _Plan) -> None:
     _write_json(folder / _INDEX, table)
 
 
-def _write_json(path: Path, content: Mapping[str, object]) -> None:
+def _write_json(path: Place, content: Mapping[str, object]) -> None:
     path.write_text(strict_json(content, path.name), encoding="utf-8")

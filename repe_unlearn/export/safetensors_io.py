@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
 import struct
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from io import FileIO
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
 from repe_unlearn.errors import FileFormatError, InputError, ShapeError
+from repe_unlearn.export.copying import FileSlice, append, clone, write_all
+from repe_unlearn.export.places import P, Place, size_of
 
 __all__ = [
     "FileSlice",
     "Header",
     "TensorSpec",
+    "dtype_name",
     "index",
     "read_header",
     "read_tensor",
     "tensor_bytes",
+    "tensor_reader",
     "write_stream",
 ]
 
 _MAX_HEADER = 100_000_000  # the limit of the reference reader
-_CHUNK = 4 << 20
-_NO_SENDFILE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSOCK, errno.EOPNOTSUPP, errno.EBADF}
 
 # Bits per element of every dtype of the format, and the torch dtype where torch has one.
 _BITS = {
@@ -80,33 +80,43 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class FileSlice:
-    """Bytes `begin:end` of a file, to be copied without passing through memory as a whole."""
-
-    path: Path
-    begin: int
-    end: int
-
-
-@dataclass(frozen=True, slots=True)
 class Header:
-    """Table of contents of one safetensors file, checked against the size of the file.
+    """Table of contents of one file of a checkpoint.
 
     Attributes:
         path: the file.
         specs: name -> spec, in the order of the data.
         slices: name -> where the bytes lie (absolute positions).
         metadata: the free text entries of the header.
+        start: where the data begin.
+        tensors: the tensors themselves where the file is a pickle, mapped into memory; it has no slices.
     """
 
-    path: Path
+    path: Place
     specs: Mapping[str, TensorSpec]
     slices: Mapping[str, FileSlice]
     metadata: Mapping[str, str]
+    start: int = 0
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def read_header(path: Path) -> Header:
-    """Read the table of contents of a safetensors file; it is checked against the size of the file.
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name that the format uses for a torch dtype.
+
+    Raises:
+        InputError: it has none.
+    """
+    for name, known in _TORCH.items():
+        if known == dtype:
+            return name
+    raise InputError(f"{dtype} has no name in the safetensors format.")
+
+
+def read_header(path: Place) -> Header:
+    """Read the table of contents of a file of weights; it is checked against the size of the file.
+
+    Args:
+        path: a safetensors file, or a pickle of tensors (``.bin``), which is mapped into memory and never runs code.
 
     Raises:
         FileFormatError: the file is missing, truncated or foreign, or its tensors overlap or leave holes.
@@ -119,8 +129,10 @@ def read_header(path: Path) -> Header:
         >>> read_header(path).specs["w"]
         TensorSpec(name='w', dtype='F32', shape=(2, 3))
     """
+    if path.suffix == ".bin":
+        return _read_pickle(path)
     try:
-        size = path.stat().st_size
+        size = size_of(path)
         with path.open("rb") as stream:
             prefix = stream.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
@@ -147,32 +159,59 @@ def read_header(path: Path) -> Header:
     start = 8 + length
     specs = {spec.name: spec for spec, _, _ in entries}
     slices = {spec.name: FileSlice(path, start + begin, start + end) for spec, begin, end in entries}
-    return Header(path, specs, slices, metadata)
+    return Header(path, specs, slices, metadata, start)
 
 
-def index(folder: Path) -> dict[str, Path]:
+def _read_pickle(path: Place) -> Header:
+    if not isinstance(path, Path):
+        raise FileFormatError(
+            f"{path}: pickles are read from the local disk only. Download the folder first."
+        )
+    try:
+        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # whatever a damaged or hostile pickle raises
+        raise FileFormatError(
+            f"{path} cannot be read as a pickle of tensors: {error}. Download it again, or save the model as "
+            "safetensors: model.save_pretrained(folder)."
+        ) from error
+    if not isinstance(loaded, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
+    ):
+        raise FileFormatError(f"{path} is no table of tensors.")
+    specs = {n: TensorSpec(n, dtype_name(t.dtype), tuple(t.shape)) for n, t in loaded.items()}
+    return Header(path, specs, {}, {}, tensors=loaded)
+
+
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
+
+def index(folder: P) -> dict[str, P]:
     """Map the name of every tensor of a checkpoint folder to the file that holds it, single or sharded.
 
-    `model.safetensors` wins over `model.safetensors.index.json`, as it does in transformers.
+    As in transformers, safetensors win over pickles and one file over shards.
 
     Raises:
-        FileFormatError: no safetensors; a shard missing, truncated or foreign; an index that is wrong.
+        FileFormatError: no weights; a shard missing, truncated or foreign; an index that is wrong.
     """
-    single, table = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.is_file():
-        return dict.fromkeys(read_header(single).specs, single)
-    if not table.is_file():
-        raise FileFormatError(
-            f"{folder} holds neither model.safetensors nor model.safetensors.index.json. "
-            "Save the model as safetensors first: model.save_pretrained(folder)."
-        )
+    for single in _WEIGHTS:
+        if (folder / single).is_file():
+            return dict.fromkeys(read_header(folder / single).specs, folder / single)
+        if (folder / f"{single}.index.json").is_file():
+            return _sharded(folder, folder / f"{single}.index.json")
+    raise FileFormatError(
+        f"{folder} holds neither model.safetensors nor model.safetensors.index.json, nor pytorch_model.bin in one file "
+        "or shards. Save the model as safetensors first: model.save_pretrained(folder)."
+    )
+
+
+def _sharded(folder: P, table: P) -> dict[str, P]:
     try:
         listed: dict[str, str] = dict(json.loads(table.read_text(encoding="utf-8"))["weight_map"])
     except (ValueError, KeyError, TypeError) as error:
         raise FileFormatError(
             f"{table} is damaged ({error!r}). Download or save the checkpoint again."
         ) from error
-    found: dict[str, Path] = {}
+    found: dict[str, P] = {}
     for shard in sorted(set(listed.values())):
         if Path(shard).name != shard:
             raise FileFormatError(f"{table} points outside its folder: {shard!r}.")
@@ -188,25 +227,64 @@ def read_tensor(header: Header, name: str) -> Tensor:
 
     Raises:
         InputError: torch has no plain dtype for this tensor.
+        FileFormatError: the file became shorter.
     """
-    spec, where = header.specs[name], header.slices[name]
-    if spec.torch_dtype is None:
+    spec = header.specs[name]
+    with tensor_reader(header, name) as read:
+        return read(math.prod(spec.shape)).reshape(spec.shape)
+
+
+@contextmanager
+def tensor_reader(header: Header, name: str) -> Iterator[Callable[[int], Tensor]]:
+    """Give a function that reads the next so many elements of one tensor into fresh CPU memory, flat.
+
+    Raises:
+        InputError: torch has no plain dtype for this tensor.
+        FileFormatError: the file became shorter.
+
+    Example:
+        ``with tensor_reader(header, "w") as read: first, rest = read(10), read(90)``
+    """
+    spec, dtype = header.specs[name], header.specs[name].torch_dtype
+    if dtype is None:
         raise InputError(f"{name} in {header.path} has dtype {spec.dtype}, which torch cannot hold plainly.")
-    if not spec.nbytes:
-        return torch.empty(spec.shape, dtype=spec.torch_dtype)
-    data = bytearray(where.end - where.begin)
-    with header.path.open("rb") as stream:
-        stream.seek(where.begin)
-        if stream.readinto(data) != len(data):
-            raise FileFormatError(f"{header.path} became shorter while it was read.")
-    return torch.frombuffer(data, dtype=spec.torch_dtype).reshape(spec.shape)
+    if name in header.tensors:
+        # One after the other: a mapped tensor stays on disk until its elements are asked for.
+        flat, position = header.tensors[name].reshape(-1), 0
+
+        def slice_of(count: int) -> Tensor:
+            nonlocal position
+            position += count
+            return flat[position - count : position].clone()
+
+        yield slice_of
+        return
+    with header.path.open("rb", buffering=0) as stream:
+        stream.seek(header.slices[name].begin)
+
+        def read(count: int) -> Tensor:
+            flat = torch.empty(count, dtype=dtype)
+            view, origin = tensor_bytes(flat), stream
+            while view:
+                got = origin.readinto(view)  # type: ignore[attr-defined]
+                if not got:
+                    raise FileFormatError(f"{header.path} became shorter while it was read.")
+                view = view[got:]
+            return flat
+
+        yield read
+
+
+Content = Tensor | memoryview | FileSlice | Iterator[memoryview]
 
 
 def write_stream(
-    path: Path,
+    path: Place,
     entries: Sequence[TensorSpec],
-    produce: Callable[[str], Tensor | memoryview | FileSlice],
+    produce: Callable[[str], Content],
     metadata: Mapping[str, str] | None = None,
+    *,
+    like: Header | None = None,
 ) -> None:
     """Write a safetensors file that every reader accepts, asking for one tensor at a time.
 
@@ -218,8 +296,10 @@ def write_stream(
         path: must not exist yet. On failure the unfinished file is removed and the error passed on.
         entries: what will be written; names are unique.
         produce: called once per name, in the order of the file; returns the tensor (any device), its raw
-            bytes, or a slice of a file to copy in small chunks.
+            bytes in one or several pieces, or a slice of a file to copy without reading it.
         metadata: free text for the header; None writes {"format": "pt"}.
+        like: the file that this one is an edited copy of. With the same tensors and metadata the header stays as it
+            is, and where the file system can share blocks, slices of `like` are shared instead of copied.
 
     Raises:
         FileExistsError: `path` exists.
@@ -233,8 +313,31 @@ def write_stream(
         >>> read_tensor(read_header(path), "w").sum().item()
         6.0
     """
-    ordered = sorted(entries, key=lambda spec: -_bits(spec))
-    table: dict[str, object] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    metadata = dict(metadata or {"format": "pt"})
+    same = like is not None and list(entries) == list(like.specs.values()) and metadata == dict(like.metadata)
+    ordered = list(entries) if same else sorted(entries, key=lambda spec: -_bits(spec))
+    header = b"" if same else _header(ordered, metadata)
+    # Unbuffered: a full disk shows at the write that hits it, and kernel copies keep their place.
+    with path.open("xb", buffering=0) as stream:
+        try:
+            shared = same and like is not None and clone(like.path, stream)
+            if same and like is not None:
+                append(FileSlice(like.path, 0, like.start), stream)
+            else:
+                write_all(stream, header)
+            for spec in ordered:
+                content = produce(spec.name)
+                if shared and like is not None and content == like.slices[spec.name]:
+                    stream.seek(spec.nbytes, 1)
+                else:
+                    _write_one(stream, spec, content)
+        except BaseException:
+            path.unlink()
+            raise
+
+
+def _header(ordered: Sequence[TensorSpec], metadata: Mapping[str, str]) -> bytes:
+    table: dict[str, object] = {"__metadata__": dict(metadata)}
     position = 0
     for spec in ordered:
         if spec.name in table:
@@ -242,17 +345,9 @@ def write_stream(
         end = position + spec.nbytes
         table[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [position, end]}
         position = end
-    header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    header += b" " * (-len(header) % 8)
-    # Unbuffered: a full disk shows at the write that hits it, and kernel copies keep their place.
-    with path.open("xb", buffering=0) as stream:
-        try:
-            _write_all(stream, struct.pack("<Q", len(header)) + header)
-            for spec in ordered:
-                _write_one(stream, spec, produce(spec.name))
-        except BaseException:
-            path.unlink()
-            raise
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -266,56 +361,32 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _write_one(stream: FileIO, spec: TensorSpec, data: Tensor | memoryview | FileSlice) -> None:
-    if isinstance(data, FileSlice):
-        got = data.end - data.begin
-    elif isinstance(data, Tensor):
-        if tuple(data.shape) != spec.shape or data.dtype != spec.torch_dtype:
+def _write_one(stream: IO[bytes], spec: TensorSpec, content: Content) -> None:
+    if isinstance(content, Tensor):
+        if tuple(content.shape) != spec.shape or content.dtype != spec.torch_dtype:
             raise ShapeError(
-                f"{spec.name}: {spec.dtype} {list(spec.shape)} was promised, got {data.dtype} {[*data.shape]}"
+                f"{spec.name}: {spec.dtype} {list(spec.shape)} was promised, "
+                f"got {content.dtype} {[*content.shape]}"
             )
-        data = tensor_bytes(data)
-        got = data.nbytes
-    else:
-        got = data.nbytes
+        content = tensor_bytes(content)
+    if isinstance(content, FileSlice):
+        _require_size(spec, content.end - content.begin)
+        append(content, stream)
+        return
+    if isinstance(content, memoryview):
+        _require_size(spec, content.nbytes)
+        write_all(stream, content)
+        return
+    written = 0
+    for piece in content:
+        write_all(stream, piece)
+        written += piece.nbytes
+    _require_size(spec, written)
+
+
+def _require_size(spec: TensorSpec, got: int) -> None:
     if got != spec.nbytes:
         raise ShapeError(f"{spec.name}: {spec.nbytes} bytes were promised, got {got}.")
-    if isinstance(data, FileSlice):
-        _copy(data, stream)
-    else:
-        _write_all(stream, data)
-
-
-def _copy(source: FileSlice, stream: FileIO) -> None:
-    """Append a slice of a file, inside the kernel where that works between files (Linux)."""
-    position = source.begin
-    with source.path.open("rb", buffering=0) as origin:
-        while position < source.end and hasattr(os, "sendfile"):
-            try:
-                sent = os.sendfile(stream.fileno(), origin.fileno(), position, source.end - position)
-            except OSError as error:
-                if error.errno in _NO_SENDFILE:
-                    break
-                raise
-            position += _progressed(source, sent)
-        origin.seek(position)
-        buffer = memoryview(bytearray(min(_CHUNK, source.end - position)))
-        while position < source.end:
-            got = _progressed(source, origin.readinto(buffer[: source.end - position]))
-            _write_all(stream, buffer[:got])
-            position += got
-
-
-def _progressed(source: FileSlice, count: int | None) -> int:
-    if not count:
-        raise FileFormatError(f"{source.path} became shorter while it was read.")
-    return count
-
-
-def _write_all(stream: FileIO, data: bytes | memoryview) -> None:
-    view = memoryview(data).cast("B")
-    while view:
-        view = view[stream.write(view) or 0 :]
 
 
 def _bits(spec: TensorSpec) -> int:
@@ -324,7 +395,7 @@ def _bits(spec: TensorSpec) -> int:
     return _BITS[spec.dtype]
 
 
-def _check_layout(path: Path, entries: Sequence[tuple[TensorSpec, int, int]], data_size: int) -> None:
+def _check_layout(path: Place, entries: Sequence[tuple[TensorSpec, int, int]], data_size: int) -> None:
     """Tensors must fill the data section without holes or overlaps, each as its shape asks for."""
     position = 0
     for spec, begin, end in entries:

@@ -233,33 +233,20 @@ def main() -> None:
     parser.add_argument("--layer", type=int, default=12)
     parser.add_argument("--sentences", type=int, default=900, help="treebank sentences to fit on")
     parser.add_argument("--rows", type=int, default=5000, help="most held-out rows for the probes")
-    parser.add_argument(
-        "--skip",
-        nargs="*",
-        default=[],
-        help="solvers to leave out of the treebank table",
-    )
+    parser.add_argument("--only", choices=("winogender", "treebank"), help="one of the two tables")
+    parser.add_argument("--skip", nargs="*", default=[], help="solvers to leave out of the treebank table")
     a = parser.parse_args()
     model, tokenizer, _ = load(progress=False)
     site = Architecture.of(model).sites("mlp_in", layers=[a.layer])[0]
     print(f"site {site}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    fit, heldout = winogender(a.data / "gender" / "winogender_all_sentences.tsv")
-    table("Winogender", model, tokenizer, site, fit, heldout, length, "mean", a.rows)
-    dev, test = (
-        treebank(a.data / "pos" / f"en_ewt-ud-{part}.conllu", a.sentences) for part in ("dev", "test")
-    )
-    table(
-        "English Web Treebank, part of speech",
-        model,
-        tokenizer,
-        site,
-        dev,
-        test,
-        position,
-        "words",
-        a.rows,
-        a.skip,
-    )
+    if a.only != "treebank":
+        fit, heldout = winogender(a.data / "gender" / "winogender_all_sentences.tsv")
+        table("Winogender", model, tokenizer, site, fit, heldout, length, "mean", a.rows)
+    if a.only != "winogender":
+        files = [a.data / "pos" / f"en_ewt-ud-{part}.conllu" for part in ("dev", "test")]
+        fit, heldout = (treebank(path, a.sentences) for path in files)
+        name = "English Web Treebank, part of speech"
+        table(name, model, tokenizer, site, fit, heldout, position, "words", a.rows, a.skip)
 
 
 if __name__ == "__main__":

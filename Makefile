@@ -1,7 +1,7 @@
 # Every target does its own set-up: the first one makes .venv (a minute or two), later ones find it ready.
 #
 #   make test PYTHON=python3.12            another interpreter for a new .venv
-#   make demo DEMO_ARGS=--quick            options for a target: DEMO_ARGS, TEST_ARGS, BENCH_ARGS
+#   make demo DEMO_ARGS=--quick            options for a target: DEMO_ARGS, TEST_ARGS, TEST_WORKERS, BENCH_ARGS
 #   make test TORCH_ARGS='--index-url URL' another build of torch, e.g. for CUDA or for the CPU only
 
 SHELL := bash
@@ -14,11 +14,14 @@ DOCS_READY := $(VENV)/.ready-docs
 
 DEMO_ARGS ?=
 TEST_ARGS ?=
+TEST_WORKERS ?= 2
 BENCH_ARGS ?=
 TORCH_ARGS ?=
 
 # Nothing that runs in tests may reach for a hub or a display.
-PYTEST := HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(BIN)/python -m pytest
+# Two processes of one thread each: what is tested is small, and threads would only wait for one another. Files stay
+# whole, so that what the tests of a file share is made once.
+PYTEST := HF_HUB_OFFLINE=1 MPLBACKEND=Agg OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all lint format docs tables bench clean distclean

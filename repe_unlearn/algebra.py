@@ -62,6 +62,7 @@ def compose(first: Patch, second: Patch, *, model: nn.Module | None = None) -> P
         zero_biases={name: shape for name, shape in created.items() if name not in edits},
         config_updates={**first.config_updates, **second.config_updates},
         tied=first.tied or second.tied,
+        adapter=first.adapter or second.adapter,
         exactness=_weaker(first.exactness, second.exactness),
         provenance={**_merged(first.provenance, second.provenance), "composed": "yes"},
     )

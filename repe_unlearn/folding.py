@@ -245,7 +245,12 @@ def _embedding_scale(job: _Job, path: str) -> float:
     """Return the factor between the first embedding and the stream, as rounded by the model."""
     key = job.arch.family.embedding_scale
     module = find(job.model, path)
-    if key is None and isinstance(module, nn.Embedding) and type(module) is not nn.Embedding and job.e.bias().any():
+    if (
+        key is None
+        and isinstance(module, nn.Embedding)
+        and type(module) is not nn.Embedding
+        and job.e.bias().any()
+    ):
         raise job.refuse(
             f"{path} is a {type(module).__name__}, which may scale what it looks up, and the row of "
             f"{job.arch.model_type} has no embedding_scale",

@@ -260,7 +260,7 @@ def test_manifest_says_what_was_edited(tmp_path: Path) -> None:
     assert list(manifest["edited"]) == [O_PROJ]
     entry = manifest["edited"][O_PROJ]
     assert (entry["rule"], entry["rank"], entry["file"]) == ("add", 1, "model.safetensors")
-    assert len(entry["blake2b"]) == 32
+    assert len(entry["sha256"]) == 64
 
     # a second edit on top keeps the story
     edited = edit_in_memory(model, patch)

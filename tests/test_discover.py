@@ -34,7 +34,7 @@ from repe_unlearn.block_probe import gain_offset
 from repe_unlearn.cli import app
 from repe_unlearn.discovery import discover
 from repe_unlearn.errors import InputError, UnsupportedArchitectureError, UnsupportedModelError
-from repe_unlearn.families import IN_BLOCK, Absent, Family, Read, Write
+from repe_unlearn.families import IN_BLOCK, Absent, Experts, Family, Read, Weight, Write
 from repe_unlearn.folding import bake
 from repe_unlearn.hooks import apply
 from repe_unlearn.taps import tap

@@ -168,7 +168,7 @@ def test_packed_tensors_are_refused_then_measured(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.v_proj.weight"
     delta = patch.edits[name].delta()
     moved = parameters(ggufkit.load(rounded))[name] - parameters(ggufkit.load(source))[name]
-    kept = float((moved.double() * delta).sum() / delta.square().sum())
+    kept = float((moved.detach().double() * delta).sum() / delta.square().sum())
     assert manifest(rounded)["edited"][name]["undone"] == pytest.approx(1 - kept, abs=1e-4)
 
     wide = export.gguf(source, patch, tmp_path / "w.gguf", model=model, requantise="F16")

@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -239,12 +239,23 @@ def _write_weights(folder: Place, plan: Draft, workers: int, progress: bool) -> 
         with lock:
             bar.update(count)
 
-    with bar:
+    with bar, _one_thread_each():
         notes = _in_parallel(
             [partial(_write_file, folder, name, plan, advance) for name in plan.files], workers
         )
     edited, added = ({k: v for note in notes for k, v in note[part].items()} for part in ("edited", "added"))
     return edited, added
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Keep torch from splitting the small products of a worker: waiting for the other half costs more than the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _in_parallel(jobs: list[Callable[[Event], Any]], workers: int) -> list[Any]:
@@ -310,7 +321,7 @@ def _old(target: Target) -> Content:
 def _new(target: Target, file: str, edited: _Notes) -> Iterator[memoryview]:
     edit, spec = target.own_edit(), target.spec
     assert edit is not None
-    state = hashlib.blake2b(digest_size=16)
+    state = hashlib.sha256()
     for block in new_values(edit, spec, target.origin):
         state.update(block)
         yield block
@@ -319,7 +330,7 @@ def _new(target: Target, file: str, edited: _Notes) -> Iterator[memoryview]:
         "rule": str(getattr(edit, "rule", type(edit).__name__)),
         "rank": getattr(edit, "rank", None),
         "file": file,
-        "blake2b": state.hexdigest(),
+        "sha256": state.hexdigest(),
     }
 
 
@@ -332,23 +343,23 @@ def _verify(folder: Place, plan: Draft, edited: _Notes, workers: int) -> dict[st
             if stop.is_set():
                 raise CancelledError
             if target.edit is not None:
-                wanted = edited[tensor]["blake2b"]
+                wanted = edited[tensor]["sha256"]
             elif target.origin is not None:
                 wanted = slice_digest(*target.origin)
             else:
-                wanted = hashlib.blake2b(bytes(target.spec.nbytes), digest_size=16).hexdigest()
+                wanted = hashlib.sha256(bytes(target.spec.nbytes)).hexdigest()
             if slice_digest(written, tensor) != wanted:
                 raise FileFormatError(
                     f"{tensor} in {folder / name} does not read back as it was written. Check the disk."
                 )
-        state = hashlib.blake2b(digest_size=16)
+        state = hashlib.sha256()
         with (folder / name).open("rb") as stream:
             while block := stream.read(1 << 22):
                 state.update(block)
         return state.hexdigest()
 
     hashes = _in_parallel([partial(check, name) for name in plan.files], workers)
-    return {name: {"blake2b": found} for name, found in zip(plan.files, hashes, strict=True)}
+    return {name: {"sha256": found} for name, found in zip(plan.files, hashes, strict=True)}
 
 
 def _write_index(source: Place, folder: Place, plan: Draft) -> None:

@@ -41,12 +41,12 @@ def clone(source: Place, stream: IO[bytes]) -> bool:
 
     XFS and Btrfs can: what is not rewritten afterwards costs neither time nor space.
     """
-    if not isinstance(stream, FileIO):
-        return False
     try:
         import fcntl
 
         with source.open("rb", buffering=0) as origin:
+            if not isinstance(origin, FileIO) or not isinstance(stream, FileIO):
+                return False
             fcntl.ioctl(stream.fileno(), _FICLONE, origin.fileno())
     except ImportError:
         return False  # Windows

@@ -25,6 +25,7 @@ from repe_unlearn.patch import Edit
 __all__ = ["Draft", "Target", "check_print", "draft", "resume_key", "slice_digest"]
 
 _EDITABLE = ("F64", "F32", "F16", "BF16")
+_BUFFERS = (".inv_freq", ".attn.masked_bias", ".gate.e_score_correction_bias")
 
 
 class PatchLike(Protocol):
@@ -223,7 +224,7 @@ def _check_tied(config: Mapping[str, Any], home: Mapping[str, Header], embedding
 
 def slice_digest(header: Header, name: str) -> str:
     """Return the hash of the bytes of one tensor, read in small chunks."""
-    state = hashlib.blake2b(digest_size=16)
+    state = hashlib.sha256()
     if name in header.tensors:
         for block in header.tensors[name].reshape(-1).split(1 << 22):
             state.update(tensor_bytes(block))
@@ -255,10 +256,8 @@ def check_print(patch: PatchLike, config: Mapping[str, Any], headers: Mapping[An
 
 
 def _counts(header: Header, name: str) -> bool:
-    # Old checkpoints store these buffers; the fingerprint of a model knows parameters only.
-    return header.specs[name].torch_dtype is not None and not name.endswith(
-        (".inv_freq", ".attn.masked_bias")
-    )
+    # Buffers, the first two in old checkpoints only; the fingerprint of a model knows parameters.
+    return header.specs[name].torch_dtype is not None and not name.endswith(_BUFFERS)
 
 
 class _Samples:

@@ -16,7 +16,7 @@ from repe_unlearn.patch import Edit
 
 __all__ = ["AnyEdit", "new_values"]
 
-_BLOCK = 1 << 18  # elements; in float64 they fit the cache of one core
+_BLOCK = 1 << 16  # elements; in float64 they fit the cache of a core
 
 
 class AnyEdit(Protocol):

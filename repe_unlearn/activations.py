@@ -29,6 +29,7 @@ from .moments import Accumulator, Moments
 from .placement import input_device, require_whole
 from .ranks import rank_and_world, together
 from .resume import Progress
+from .rows import all_finite
 from .shards import Rows, ShardWriter, arrived, on_host
 from .sites import Site
 from .taps import Tap, tap
@@ -333,7 +334,7 @@ def run(
 
 def refuse_nonfinite(site: Site, rows: Tensor) -> None:
     """Raise NonFiniteError if the selected activations at a site hold NaN or infinity."""
-    if not bool(torch.isfinite(rows).all()):
+    if not all_finite(rows):
         raise nonfinite(site, rows.dtype)
 
 

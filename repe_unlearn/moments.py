@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _KIND = "moments"
 _VERSION = 1
+_TENSORS = ("mean_x", "mean_z", "m_xx", "m_xz", "m_zz")
 _BLOCK_ROWS = 512
 _STRIP = 256  # columns per product; narrower ones do less and run slower
 
@@ -218,8 +219,7 @@ class Moments:
 
     def to(self, device: torch.device | str) -> Moments:
         """Return the same moments on another device."""
-        tensors = (self.mean_x, self.mean_z, self.m_xx, self.m_xz, self.m_zz)
-        return Moments(self.n, *(t.to(device) for t in tensors))
+        return Moments(self.n, *(getattr(self, name).to(device) for name in _TENSORS))
 
     def save(self, path: str | Path, *, fingerprint: str | None = None, force: bool = False) -> Path:
         """Write one safetensors file, atomically.
@@ -232,7 +232,7 @@ class Moments:
         Raises:
             OutputExistsError: the file exists and ``force`` is False.
         """
-        tensors = {name: getattr(self, name) for name in ("mean_x", "mean_z", "m_xx", "m_xz", "m_zz")}
+        tensors = {name: getattr(self, name) for name in _TENSORS}
         header = {"n": self.n, "fingerprint": fingerprint}
         return write_tensors(path, tensors, kind=_KIND, version=_VERSION, header=header, force=force)
 
@@ -251,9 +251,7 @@ class Moments:
         tensors, header = read_tensors(path, kind=_KIND, version=_VERSION)
         require_fingerprint(path, header, fingerprint)
         try:
-            return cls(
-                float(header["n"]), *(tensors[name] for name in ("mean_x", "mean_z", "m_xx", "m_xz", "m_zz"))
-            )
+            return cls(float(header["n"]), *(tensors[name] for name in _TENSORS))
         except KeyError as missing:
             raise FileFormatError(
                 f"{path} lacks {missing}; it is not a whole moments file. Capture again."

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from repe_unlearn.solvers.logistic import Logistic, Probing
+
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
@@ -110,3 +112,19 @@ def planted(k: int, shape: str = "n>d", seed: int = 0) -> tuple[Tensor, Tensor]:
     if shape == "constant coordinate":
         x[:, 4] = 0.1
     return x, z
+
+
+def fit_logistic(
+    x: Tensor,
+    z: Tensor,
+    cov: Tensor,
+    *,
+    ridge: float,
+    basis: Tensor | None = None,
+    weight: Tensor | None = None,
+    start: Logistic | None = None,
+    tolerance: float = 1e-9,
+) -> Logistic:
+    """Fit one probe and share nothing."""
+    probing = Probing.of(x, z, cov, ridge=ridge, weight=weight)
+    return (probing if basis is None else probing.without(basis)).fit(start=start, tolerance=tolerance)

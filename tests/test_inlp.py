@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from reference import covariances, one_hot, planted
+from reference import covariances, fit_logistic, one_hot, planted
 from torch import Tensor
 
 from repe_unlearn.errors import (
@@ -17,7 +17,6 @@ from repe_unlearn.errors import (
 )
 from repe_unlearn.moments import Moments
 from repe_unlearn.solvers import inlp, leace
-from repe_unlearn.solvers.logistic import fit_logistic
 
 
 def balanced_accuracy(train: Tensor, z: Tensor, test: Tensor, z_test: Tensor) -> float:

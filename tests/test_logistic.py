@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference import planted
+from reference import fit_logistic, planted
 from torch import Tensor
 
 from repe_unlearn.errors import InputError
 from repe_unlearn.moments import Moments
-from repe_unlearn.solvers.logistic import Probing, fit_logistic
+from repe_unlearn.solvers.logistic import Probing
 
 
 def centred(k: int = 4) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from reference import planted
+from reference import fit_logistic, planted
 from torch import Tensor
 
 from repe_unlearn.errors import InputError, NoConceptWarning, NonFiniteError, NotEnoughDataError, ShapeError
 from repe_unlearn.moments import Moments
 from repe_unlearn.solvers import leace, mean_difference, rlace, rlace_game
-from repe_unlearn.solvers.logistic import fit_logistic
 from repe_unlearn.solvers.rlace import _gradient
 
 

@@ -35,26 +35,6 @@ class Logistic:
     gradient: float
 
 
-def fit_logistic(
-    x: Tensor,
-    z: Tensor,
-    cov: Tensor,
-    *,
-    ridge: float,
-    basis: Tensor | None = None,
-    weight: Tensor | None = None,
-    start: Logistic | None = None,
-    tolerance: float = 1e-9,
-) -> Logistic:
-    """Return the best softmax probe on ``x (I - U Uᵀ)``: the minimum is unique, and is found to rounding.
-
-    For one probe; several on the same rows share the work of ``Probing.of``, whose arguments these are, as are those
-    of ``without`` (basis) and ``fit`` (start, tolerance).
-    """
-    probing = Probing.of(x, z, cov, ridge=ridge, weight=weight)
-    return (probing if basis is None else probing.without(basis)).fit(start=start, tolerance=tolerance)
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Probing:
     """Rows on which softmax probes are to be fit, in coordinates ``W = L⁻ᵀ N θ`` whose curvature is at most 1.

@@ -2,8 +2,9 @@
 
 from importlib.metadata import version as _version
 
-from . import algebra, export, quantisation, solvers
+from . import algebra, export, localize, quantisation, solvers, train
 from .activations import capture, gather
+from .answers import Answers, answers
 from .architectures import Architecture
 from .audit import Check, Report, verify
 from .concepts import Concepts
@@ -11,6 +12,7 @@ from .contrast import Contrast, Example
 from .difference import diff
 from .discovery import Discovery, discover
 from .eraser import Eraser
+from .facts import Fact, Facts, Question, Sample
 from .fingerprints import fingerprint
 from .folding import bake
 from .gate import Gate
@@ -30,6 +32,7 @@ from .tokens import Select
 __version__ = _version("repe-unlearn")
 
 __all__ = [
+    "Answers",
     "Architecture",
     "Check",
     "Concepts",
@@ -38,17 +41,22 @@ __all__ = [
     "Eraser",
     "ErasurePlan",
     "Example",
+    "Fact",
+    "Facts",
     "Gate",
     "Inputs",
     "Loaded",
     "Moments",
     "Patch",
+    "Question",
     "Report",
+    "Sample",
     "Select",
     "Shards",
     "Site",
     "ThinMoments",
     "algebra",
+    "answers",
     "apply",
     "bake",
     "capture",
@@ -59,9 +67,11 @@ __all__ = [
     "fit_sequential",
     "gather",
     "load",
+    "localize",
     "plan_stream",
     "quantisation",
     "solve",
     "solvers",
+    "train",
     "verify",
 ]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
@@ -42,6 +42,7 @@ app = typer.Typer(
 console = Console(width=None if sys.stdout.isatty() else 120)
 complaints = Console(stderr=True)
 
+T = TypeVar("T")
 _SOLVERS = ("leace", "mean_difference", "pca", "random")
 
 Model = Annotated[
@@ -366,18 +367,24 @@ def bake(
 
 @app.command()
 def export(
-    model: Model,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="As elsewhere; for a checkpoint from a patch also a URL (s3://, memory:// ...).",
+        ),
+    ],
     edits: Annotated[
         Path,
         typer.Argument(
             metavar="PATCH|PLAN", help="Patch file from 'bake', or plan file, which is baked first."
         ),
     ],
-    out: Annotated[Path | None, typer.Argument(metavar="[OUT]", help="Short for --checkpoint OUT.")] = None,
+    out: Annotated[str | None, typer.Argument(metavar="[OUT]", help="Short for --checkpoint OUT.")] = None,
     checkpoint: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            help="Folder to write a patched copy of the weights to; plain transformers, vLLM "
+            help="Folder or URL to write a patched copy of the weights to; plain transformers, vLLM "
             "and convert_hf_to_gguf.py load it."
         ),
     ] = None,
@@ -390,12 +397,25 @@ def export(
     gguf_source: Annotated[
         Path | None, typer.Option(help="GGUF file to copy for --gguf where MODEL is none itself.")
     ] = None,
+    torch_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--torch", help="File to write for torch.export.load; from a plan, with erasers inside."
+        ),
+    ] = None,
     requantise: Annotated[
         str,
         typer.Option(
             help="Type for the edited tensors of a GGUF file that are packed, e.g. F16; default refuses them."
         ),
     ] = "",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Files of a checkpoint that are written at a time; default one per processor, at most 4.",
+            min=1,
+        ),
+    ] = None,
     allow: AllowOption = "exact",
     tied: TiedOption = "untie",
     force: ForceOption = False,
@@ -405,48 +425,74 @@ def export(
 
     A patch on a folder is written to a checkpoint tensor by tensor, without loading the model.
     """
-    targets = _given({"OUT": out, "--checkpoint": checkpoint, "--lora": lora, "--gguf": gguf})
+    folders = [folder for folder in (out, checkpoint) if folder is not None]
+    files = {"--lora": lora, "--gguf": gguf, "--torch": torch_file}
+    targets = _given({"OUT": out, "--checkpoint": checkpoint, **files})
     with _errors():
         for target in targets:
             _refuse_taken(target, force)
-        if gguf:
-            gguf_source = gguf_source or _own_gguf(model)
         from .export.checkpoint import checkpoint as write_checkpoint
         from .export.gguf import gguf as write_gguf
         from .export.lora import lora as write_lora
+        from .export.places import RemotePath, place
+        from .export.torch_program import torch_program
         from .models import load, locate
         from .patch import Patch
         from .plan import ErasurePlan
         from .tensorfile import kind_of
 
         is_plan = kind_of(edits, among=("patch", "erasure plan")) == "erasure plan"
-        given = ErasurePlan.load(edits) if is_plan else Patch.load(edits)
+        if torch_file and not is_plan:
+            raise InputError(
+                f"got the patch {edits} for --torch, which holds erasers; give the plan instead."
+            )
+        source = place(model) if "://" in model else None
         # Adapters and GGUF files are held against the model; a checkpoint is held against its own files.
-        loaded = load(model, progress=not quiet) if is_plan or lora or gguf else None
-        if isinstance(given, ErasurePlan):
+        needed = ["a plan"] if is_plan else [option for option, path in files.items() if path]
+        if isinstance(source, RemotePath) and needed:
+            raise InputError(
+                f"got {model}, but {needed[0]} needs the model in memory; copy the folder to a disk."
+            )
+        model = model if source is None else str(source)
+        if gguf:
+            gguf_source = gguf_source or _own_gguf(model)
+        given = ErasurePlan.load(edits) if is_plan else Patch.load(edits)
+        loaded = load(model, progress=not quiet) if needed else None
+        if isinstance(given, Patch):
+            patch = given
+        elif folders or lora or gguf:
             assert loaded is not None
             patch = _baked(loaded.model, given, allow, tied)
             _print_baked(loaded.model, patch)
         else:
-            patch = given
-        source = loaded.source if loaded else locate(model, progress=not quiet)
-        for folder in filter(None, (out, checkpoint)):
-            _written("written", write_checkpoint(source, patch, folder, force=force, progress=not quiet))
-        if loaded and lora:
+            patch = None
+        if patch is not None and folders:
+            start = loaded.source if loaded else model if source else locate(model, progress=not quiet)
+            for folder in folders:
+                done = write_checkpoint(
+                    start, patch, folder, force=force, workers=workers, progress=not quiet
+                )
+                _written("written", done)
+        if loaded and patch and lora:
             _written("written", write_lora(loaded.model, patch, lora, base=model, force=force))
-        if loaded and gguf and gguf_source:
+        if loaded and patch and gguf and gguf_source:
             packed = requantise or False
             _written(
                 "written",
                 write_gguf(gguf_source, patch, gguf, requantise=packed, model=loaded.model, force=force),
             )
+        if loaded and isinstance(given, ErasurePlan) and torch_file:
+            _written("written", torch_program(loaded.model, given, torch_file, force=force))
 
 
 @app.command()
 def diff(
-    base: Annotated[Path, typer.Argument(metavar="BASE", help="Folder of the original model.")],
+    base: Annotated[str, typer.Argument(metavar="BASE", help="Folder or URL of the original model.")],
     edited: Annotated[
-        Path, typer.Argument(metavar="EDITED", help="Folder of the same model after any edit of its weights.")
+        str,
+        typer.Argument(
+            metavar="EDITED", help="Folder or URL of the same model after any edit of its weights."
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option(help="Patch file to write: 'export BASE PATCH' makes EDITED again.")
@@ -569,7 +615,7 @@ def verify(
     _exit(report.passed)
 
 
-def _given(outputs: dict[str, Path | None], most: int | None = None) -> list[Path]:
+def _given(outputs: Mapping[str, T | None], most: int | None = None) -> list[T]:
     """Return the outputs that were named on the command line; wrong usage if there are none or too many."""
     given = [path for path in outputs.values() if path is not None]
     if not given or (most is not None and len(given) > most):
@@ -618,13 +664,15 @@ def _print_baked(model: nn.Module, patch: Patch) -> None:
             console.print(f"{fact}: {_escape(patch.provenance[fact])}", soft_wrap=True)
 
 
-def _refuse_taken(out: Path, force: bool) -> None:
+def _refuse_taken(out: str | Path, force: bool) -> None:
     """Refuse an output that exists, before any work is done for it."""
-    if out.exists() and not force:
+    from .export.places import place
+
+    if not force and place(out).exists():
         raise OutputExistsError(f"{out} exists; choose another path or pass --force.")
 
 
-def _written(what: str, path: Path) -> None:
+def _written(what: str, path: str | Path) -> None:
     # On one line however long it is, so that it can be copied or cut out by a script.
     console.print(f"{what}: {_escape(str(path))}", soft_wrap=True, highlight=False)
 

@@ -44,7 +44,7 @@ def diff(
     rule, and ``provenance["reproduces"]``, say how many.
 
     Args:
-        base: folder with ``config.json`` and safetensors, or a model in memory. Names that a family has only in
+        base: folder with ``config.json`` and safetensors, by path or URL, or a model in memory. Names that a family has only in
             its files (experts one by one) become those of the model's parameters.
         edited: the same model after any edit of its weights, also with new biases or an untied head.
         max_rank: larger ranks are stored dense.

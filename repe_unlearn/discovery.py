@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -78,7 +77,7 @@ def discover(model: nn.Module, inputs: Tensor | Mapping[str, Tensor] | None = No
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     _require_usable(model, model_type)
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         return _Search(model, str(model_type), inputs).discovery()
 
 
@@ -96,17 +95,6 @@ def _require_usable(model: nn.Module, model_type: object) -> None:
             f"got weights of {', '.join(sorted(map(str, dtypes))) or 'no values'}, or some that are not in memory; "
             "needed float32 or float64, so that small differences mean something. Load with dtype=torch.float32."
         )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class _Search:

@@ -165,6 +165,7 @@ class Family:
         embedding_norm: a norm between those and the first block.
         embedding_scale: factor on the embeddings: an attribute of the first embedding, else a config key.
         embedding_hook_only: why no edit of the embeddings equals a hook before the first block, where that is so.
+        embedding_linear_only: why that is so for erasers with a constant: the first embedding does not add to every position.
         bias_switches: config key -> modules of every block that have a bias exactly when the key is true.
             This is where a missing bias can be made in a way that plain transformers loads.
         transposed: weights in blocks are stored [in, out] (Conv1D) instead of [out, in].
@@ -186,6 +187,7 @@ class Family:
     embedding_norm: str | None = None
     embedding_scale: str | None = None
     embedding_hook_only: str = ""
+    embedding_linear_only: str = ""
     bias_switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     transposed: bool = False
     norm_offset: float = 0.0
@@ -284,6 +286,22 @@ def _latent(layout: Layout, query: str, rank: str) -> Layout:
     """Return a layout whose attention goes through latent keys and values (DeepSeek)."""
     readers = (f"self_attn.{query}", "self_attn.kv_a_proj_with_mqa")
     return replace(layout, attn_in=Read("input_layernorm", readers), name=f"{layout.name}, {rank}")
+
+
+def _delta_net(layout: Layout) -> Layout:
+    """Return a layout whose attention is a gated delta net (Qwen3-Next)."""
+    readers = ("linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba")
+    return replace(
+        layout,
+        attn_in=Read("input_layernorm", readers),
+        attn_out=_write("linear_attn.out_proj"),
+        name=f"{layout.name}, linear attention",
+    )
+
+
+def _softmax(layout: Layout) -> Layout:
+    """Return a layout as it is, told apart from those of ``_delta_net`` by its name."""
+    return replace(layout, name=f"{layout.name}, softmax attention")
 
 
 def _decoder(*model_types: str, layouts: tuple[Layout, ...] = (_LLAMA,)) -> Family:
@@ -400,14 +418,18 @@ FAMILIES: tuple[Family, ...] = (
         model_types=("gemma3",),
         blocks="model.language_model.layers",
         final=Read("model.language_model.norm", ("lm_head",)),
-        embeddings=("model.language_model.embed_tokens",),
+        embeddings=(
+            "model.language_model.embed_tokens",
+            "model.multi_modal_projector.mm_input_projection_weight",
+        ),
         bias_switches={},
         entry="model.language_model",
-        embedding_hook_only="images enter the stream beside the embeddings, through the multi-modal projector",
+        embedding_linear_only="images enter the stream in place of embeddings, through a projector without a bias",
         disk={
             "model.language_model": "language_model.model",
             "model.vision_tower": "vision_tower",
             "model.multi_modal_projector": "multi_modal_projector",
+            "lm_head": "language_model.lm_head",
         },
     ),
     replace(_decoder("olmo2", "olmo3", layouts=(_OLMO2,)), bias_switches=_ATTENTION_BIAS),
@@ -496,6 +518,31 @@ FAMILIES: tuple[Family, ...] = (
         bias_switches={"qkv_bias": _QKV},
     ),
     replace(_decoder("qwen3_moe", layouts=(_experts("gate"), _DENSE)), bias_switches=_ATTENTION_BIAS),
+    replace(_decoder("olmoe", layouts=(_experts("gate"),)), bias_switches=_ATTENTION_BIAS),
+    replace(
+        _decoder(
+            "glm4_moe",
+            layouts=(_experts("gate", *_SHARED_EXPERTS, down=("shared_experts.down_proj",)), _DENSE),
+        ),
+        bias_switches={"attention_bias": _QKV},
+    ),
+    replace(
+        _decoder(
+            "qwen3_next",
+            layouts=tuple(
+                attention(layout)
+                for layout in (
+                    _experts(
+                        "gate", "shared_expert_gate", *_SHARED_EXPERT, down=("shared_expert.down_proj",)
+                    ),
+                    _DENSE,
+                )
+                for attention in (_delta_net, _softmax)
+            ),
+        ),
+        bias_switches=_ATTENTION_BIAS,
+        norm_offset=1.0,
+    ),
     replace(
         _decoder(
             "deepseek_v3",

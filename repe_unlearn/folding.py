@@ -36,6 +36,7 @@ def bake(model: nn.Module, plan: ErasurePlan, *, allow: Exactness = "exact", tie
     - ``attn_out``, ``mlp_out`` of pre-norm families: every writer becomes ``(I - L R) W``,
       ``b -> (I - L R) b + L R shift``. What several experts write is weighted, so the constant of an affine eraser
       has a place only where those weights sum to 1 and the experts have biases (gpt-oss).
+    - the input of a writer that is one module, ``Site(f"{block}.mlp.down_proj", "input")``: as a reader.
     - ``resid_pre`` of the first layer: the rows of the embeddings, the constant in the one that every position gets.
     - ``plan_stream(model, eraser)``: all of these writers.
     *erasure-exact* (only with ``allow="erasure-exact"``): ``attn_out``, ``mlp_out`` of post-norm families. An
@@ -77,7 +78,7 @@ def bake(model: nn.Module, plan: ErasurePlan, *, allow: Exactness = "exact", tie
     draft = _Draft()
     for site, eraser in plan.erasers.items():
         site.module(model)  # an unknown site is another mistake than one that cannot be baked
-        arch = next((arch for arch in stacks if arch.locate(site)), stacks[0])
+        arch = next((arch for arch in stacks if arch.locate(site) or writer_input(arch, site)), stacks[0])
         _bake_site(_Job(model, arch, site, eraser.to("cpu", torch.float64), draft), allow)
     if plan.provenance.get("scope") == "stream":
         _require_all_writers(stacks, plan)
@@ -120,6 +121,11 @@ class _Job:
 def _bake_site(job: _Job, allow: Exactness) -> None:
     arch, draft, key = job.arch, job.draft, str(job.site)
     located = arch.locate(job.site)
+    if located is None and (inner := writer_input(arch, job.site)) is not None:
+        draft.exactness[key] = "exact"
+        layer, path = inner
+        _bake_readers(replace(job, base=f"{arch.block(layer)}."), Read(path, (path,), "input"))
+        return
     if located is None:
         raise job.refuse(
             f"it is no site of the {arch.model_type} row, so its readers and writers are unknown"
@@ -154,6 +160,16 @@ def _bake_site(job: _Job, allow: Exactness) -> None:
             )
         draft.exactness[key] = "erasure-exact"
         _bake_post_norm(job, part, part.norm)
+
+
+def writer_input(arch: Architecture, site: Site) -> tuple[int, str] | None:
+    """Return layer and path in its block if a site is what one writer reads, the neurons or the heads; else None."""
+    layer, _, path = site.path.removeprefix(f"{arch.path(arch.family.blocks)}.").partition(".")
+    if site.side != "input" or not layer.isdecimal() or int(layer) >= arch.n_layers:
+        return None
+    parts = (arch.part(kind, int(layer)) for kind in IN_BLOCK)
+    writers = [weight for part in parts if isinstance(part, Write) for weight in part.writers]
+    return (int(layer), path) if path in writers and site.path == f"{arch.block(int(layer))}.{path}" else None
 
 
 def _bake_readers(job: _Job, part: Read) -> None:
@@ -196,6 +212,8 @@ def _bake_embeddings(job: _Job, allow: Exactness) -> Exactness:
     family, e = job.arch.family, job.e
     if family.embedding_hook_only:
         raise job.refuse(family.embedding_hook_only)
+    if family.embedding_linear_only and e.bias().any():
+        raise job.refuse(f"{family.embedding_linear_only}, so the eraser's constant has no place", _LINEAR)
     if family.embedding_norm and allow == "exact":
         raise job.refuse(
             f"{family.embedding_norm} stands between the embeddings and the stream, so no weight edit equals the hook",

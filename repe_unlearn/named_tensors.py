@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from .errors import FileFormatError, UnsupportedModelError
 from .export.folder import read_json
-from .export.safetensors_io import index, read_header, read_tensor
+from .export.places import Place, place
+from .export.safetensors_io import headers, read_tensor
 from .families import FAMILIES, Index, Read, disk_names
 from .fingerprints import fingerprint
 from .patch import is_quantised
@@ -34,13 +35,13 @@ class Weights:
 
 
 def weights_of(source: str | Path | nn.Module) -> Weights:
-    """Return the tensors of a folder with config.json and safetensors, or of a model in memory.
+    """Return the tensors of a folder (or URL) with config.json and safetensors, or of a model in memory.
 
     Raises:
         FileFormatError: no such folder, or damaged.
         UnsupportedModelError: a weight is quantised or offloaded.
     """
-    return _of_model(source) if isinstance(source, nn.Module) else _of_folder(Path(source))
+    return _of_model(source) if isinstance(source, nn.Module) else _of_folder(place(source))
 
 
 def _of_model(model: nn.Module) -> Weights:
@@ -72,13 +73,13 @@ def _of_model(model: nn.Module) -> Weights:
     )
 
 
-def _of_folder(folder: Path) -> Weights:
+def _of_folder(folder: Place) -> Weights:
     if not (folder / "config.json").is_file():
         raise FileFormatError(f"{folder} is no checkpoint folder: it has no config.json.")
     config = read_json(folder / "config.json")
     model_type = str(config.get("model_type", ""))
-    headers = {file: read_header(file) for file in sorted(set(index(folder).values()), key=str)}
-    home = {name: header for header in headers.values() for name in header.specs}
+    found = headers(folder)
+    home = {name: header for header in found.values() for name in header.specs}
     for name in [name for name in home if name.endswith((".inv_freq", ".attn.masked_bias"))]:
         del home[name]  # buffers that old checkpoints hold
 

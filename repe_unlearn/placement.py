@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,6 +49,18 @@ def require_whole(model: nn.Module) -> None:
         )
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode for a while; afterwards every module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def input_device(model: nn.Module) -> torch.device:
     """Return the device on which a model takes its inputs, also where accelerate has offloaded its weights.
 
@@ -74,13 +87,17 @@ def input_device(model: nn.Module) -> torch.device:
 def stored_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield name and value of every parameter, each tensor once; offloaded ones are read from where they are kept.
 
-    A parameter without values (meta device, no offload hook) is yielded as it is.
+    A tied tensor goes by the name that transformers keeps it by in files, whichever of its modules comes first
+    (XLM-RoBERTa registers its head before its embeddings). A parameter without values (meta device, no offload hook) is
+    yielded as it is.
     """
     # Tied weights are one parameter as long as they are loaded and two once they are offloaded.
     tied: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
+    every = {_plain(name): p for name, p in model.named_parameters(remove_duplicate=False)}
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
-            yield name, parameter
+            home = tied.get(_plain(name), name)
+            yield (home if every.get(home) is parameter else name), parameter
             continue
         path, _, leaf = name.rpartition(".")
         maps = [
@@ -91,6 +108,11 @@ def stored_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if maps and name in tied:
             continue
         yield name, maps[0][leaf] if maps else parameter
+
+
+def _plain(name: str) -> str:
+    """Return a name without the prefix of torch.compile."""
+    return name.replace("_orig_mod.", "")
 
 
 def _hooks(module: nn.Module) -> tuple[Any, ...]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
@@ -31,23 +32,40 @@ def write_tensors(
     Raises:
         OutputExistsError: the file exists and ``force`` is False.
     """
-    path = Path(path)
-    if path.exists() and not force:
-        raise OutputExistsError(f"{path} exists; choose another path or pass force=True.")
     text = json.dumps({"kind": kind, "version": version, **header}, allow_nan=False)
     ready = {name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}
+    with _whole(Path(path), force) as partial:
+        mode = partial.stat().st_mode & 0o777
+        safetensors.torch.save_file(ready, partial, metadata={_KEY: text})
+        os.chmod(partial, mode)  # safetensors makes files that only their owner may read
+    return Path(path)
+
+
+def write_text(path: str | Path, text: str, *, force: bool = False) -> Path:
+    """Write a UTF-8 text file through a temporary sibling: all of it or nothing.
+
+    Raises:
+        OutputExistsError: the file exists and ``force`` is False.
+    """
+    with _whole(Path(path), force) as partial:
+        partial.write_text(text, encoding="utf-8")
+    return Path(path)
+
+
+@contextmanager
+def _whole(path: Path, force: bool) -> Iterator[Path]:
+    """Give an empty temporary sibling to write to, which then takes the place of ``path``; after an error nothing is left."""
+    if path.exists() and not force:
+        raise OutputExistsError(f"{path} exists; choose another path or pass force=True.")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:
-        with open(partial, "xb") as file:
-            mode = os.fstat(file.fileno()).st_mode & 0o777
-        safetensors.torch.save_file(ready, partial, metadata={_KEY: text})
-        os.chmod(partial, mode)  # safetensors makes files that only their owner may read
+        partial.open("xb").close()
+        yield partial
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    return path
 
 
 def read_tensors(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from .errors import FileFormatError, InputError, ModelMismatchError, OutputExistsError
 from .export.folder import MANIFEST, check_places, new_folder, other_files
-from .export.safetensors_io import FileSlice, Header, TensorSpec, index, read_header, write_stream
+from .export.places import Place, place
+from .export.safetensors_io import FileSlice, Header, TensorSpec, headers, read_header, write_stream
 from .tensorfile import read_tensors
 
 __all__ = ["keep_originals", "revert"]
@@ -25,8 +26,8 @@ def keep_originals(base: str | Path, edited: str | Path, path: str | Path, *, fo
     holds them, in their own dtype, and is as large as the tensors that were edited.
 
     Args:
-        base: checkpoint folder with safetensors.
-        edited: the patched folder.
+        base: checkpoint folder with safetensors, by path or URL.
+        edited: the patched folder, likewise.
         path: file to write, whole or not at all.
         force: replace it.
 
@@ -38,7 +39,7 @@ def keep_originals(base: str | Path, edited: str | Path, path: str | Path, *, fo
     path = Path(path)
     if path.exists() and not force:
         raise OutputExistsError(f"{path} exists; choose another path or pass force=True.")
-    old, new = _tensors(Path(base)), _tensors(Path(edited))
+    old, new = _tensors(place(base)), _tensors(place(edited))
     prints = {name: _hash(header, name) for name, header in new.items()}
     changed = [n for n, header in old.items() if n not in new or _hash(header, n) != prints[n]]
     added = sorted(set(new) - set(old))
@@ -50,7 +51,7 @@ def keep_originals(base: str | Path, edited: str | Path, path: str | Path, *, fo
         "edited": {name: prints[name] for name in (*changed, *added) if name in prints},
         "originals": {name: _hash(old[name], name) for name in changed},
         "added": added,
-        "config": (Path(base) / "config.json").read_text("utf-8"),
+        "config": (place(base) / "config.json").read_text("utf-8"),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
@@ -110,9 +111,9 @@ def revert(edited: str | Path, originals: str | Path, out: str | Path, *, force:
     return out
 
 
-def _tensors(folder: Path) -> dict[str, Header]:
-    headers = {file: read_header(file) for file in sorted(set(index(folder).values()), key=str)}
-    return {name: header for header in headers.values() for name in header.specs}
+def _tensors(folder: Place) -> dict[str, Header]:
+    found = headers(folder)
+    return {name: header for header in found.values() for name in header.specs}
 
 
 def _spec(sources: dict[str, Header], name: str) -> TensorSpec:

@@ -48,6 +48,7 @@ CASES = {
         Case("deepseek_v3", {"q_lora_rank": None}, label="plain-queries"),
         Case("qwen2_moe", {"mlp_only_layers": [0]}, label="mixed"),
         Case("qwen3_moe", {"mlp_only_layers": [0]}, label="mixed"),
+        Case("qwen3_next", {"mlp_only_layers": [0, 1]}, label="mixed"),
         Case("t5", {"feed_forward_proj": "gated-gelu"}, "encoder", "gated"),
         Case("t5", {}, "decoder", "decoder"),
         Case("t5", {"feed_forward_proj": "gated-gelu"}, "decoder", "gated-decoder"),
@@ -76,12 +77,13 @@ SLOTS: dict[str, frozenset[Kind]] = {
             "stablelm",
             "qwen2_moe",
             "qwen2_moe-mixed",
+            "glm4_moe",
         ),
         frozenset({"attn_in"}),
     ),
     "gpt_oss": _FOUR,  # its experts have biases and are averaged
     **dict.fromkeys(
-        ("qwen3", "gemma", "qwen3_moe", "qwen3_moe-mixed", "deepseek_v3", "llama4_text"),
+        ("qwen3", "gemma", "qwen3_moe", "qwen3_moe-mixed", "olmoe", "deepseek_v3", "llama4_text"),
         frozenset({"attn_in", "attn_out"}),
     ),
     "cohere": frozenset({"attn_out"}),
@@ -99,7 +101,19 @@ ABSENT: dict[str, frozenset[Kind]] = {
 MOE = tuple(
     name
     for name in CASES
-    if name.startswith(("mixtral", "qwen2_moe", "qwen3_moe", "deepseek", "gpt_oss", "llama4"))
+    if name.startswith(
+        (
+            "mixtral",
+            "qwen2_moe",
+            "qwen3_moe",
+            "qwen3_next",
+            "olmoe",
+            "glm4_moe",
+            "deepseek",
+            "gpt_oss",
+            "llama4",
+        )
+    )
 )
 POST_NORM = {"gemma2", "gemma3_text", "gemma3", "olmo2", "olmo3", "exaone4", "glm4"}
 # The norms that follow the two sums of a block with LayerNorms on the stream.
@@ -119,11 +133,11 @@ def bakes(name: str, kind: Kind) -> str:
     return "erasure-exact" if name in POST_NORM and kind in ("attn_out", "mlp_out") else "exact"
 
 
-def stream_class(name: str) -> str:
-    """Return how one map of the whole stream bakes."""
+def stream_class(name: str, *, affine: bool = False) -> str:
+    """Return how one map of the whole stream bakes, with or without a constant."""
     if name in POST_LAYERNORM:
         return "impossible"
-    if name.startswith(("t5", "gemma3")) and name != "gemma3_text":
+    if name.startswith("t5") or (name == "gemma3" and affine):
         return "hook only"
     return "erasure-exact" if name in POST_NORM or name == "bloom" else "exact"
 

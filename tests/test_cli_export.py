@@ -5,17 +5,23 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from auditkit import jsonl, sounds
 from folders import save, tiny_llama
 from test_cli import ok, refused, run, text_like_llama, tree
 from textkit import text_model, text_tokenizer
+from tiny import random_plan, tiny
 
 import repe_unlearn as ru
 from repe_unlearn import models
+from repe_unlearn.architectures import Architecture
+from repe_unlearn.errors import UnsupportedModelError
+from repe_unlearn.export.torch_program import torch_program
 
 IDS = torch.tensor([[1, 2, 3, 4, 5], [9, 8, 7, 6, 5]])
 
@@ -204,3 +210,101 @@ def test_force_replaces_what_was_exported(chain: Path, tmp_path: Path) -> None:
     before = tree(out)
     ok("export", chain / "model", chain / "affine.patch", "--checkpoint", out, "-q", "--force")
     assert tree(out)["model.safetensors"] != before["model.safetensors"]
+
+
+# URLs
+
+
+def upload(folder: Path, name: str) -> str:
+    fsspec.filesystem("memory").put(str(folder), f"/cli/{name}", recursive=True)
+    return f"memory://cli/{name}"
+
+
+def stored(name: str) -> dict[str, bytes]:
+    fs = fsspec.filesystem("memory")
+    return {path.removeprefix(f"/cli/{name}/"): fs.cat_file(path) for path in fs.find(f"/cli/{name}")}
+
+
+@pytest.fixture
+def store(chain: Path) -> Iterator[str]:
+    yield upload(chain / "model", "model")
+    fsspec.filesystem("memory").rm("/cli", recursive=True)
+
+
+def test_a_checkpoint_from_and_to_urls(store: str, chain: Path, tmp_path: Path) -> None:
+    patch, out = chain / "affine.patch", tmp_path / "out"
+    ok("export", chain / "model", patch, out, "-q")
+    wanted = tree(out)
+    said = ok("export", store, patch, "--checkpoint", "memory://cli/out", "--workers", 2, "-q")
+    assert said.strip() == "written: memory:///cli/out"
+    ok("export", f"file://{chain / 'model'}", patch, f"file://{tmp_path / 'local'}", "--workers", 1, "-q")
+    for found in (stored("out"), tree(tmp_path / "local")):
+        assert found.keys() == wanted.keys()
+        assert {name for name in wanted if found[name] != wanted[name]} <= {"repe_manifest.json"}
+    assert stored("model")["model.safetensors"] != wanted["model.safetensors"]  # control
+    # A file:// URL is a path, so that a plan can be baked on the model behind it.
+    ok("export", f"file://{chain / 'model'}", chain / "affine.plan", tmp_path / "baked", "-q")
+    assert tree(tmp_path / "baked")["model.safetensors"] == wanted["model.safetensors"]
+
+
+def test_mistakes_with_urls_are_sentences(store: str, chain: Path, tmp_path: Path) -> None:
+    patch, plan = chain / "affine.patch", chain / "affine.plan"
+    before = stored("")
+    for words, reason in {
+        (store, patch, "nonsense://x/out"): "nonsense",
+        ("nonsense://x/model", patch, tmp_path / "out"): "nonsense",
+        ("memory://cli/nowhere", patch, tmp_path / "out"): "no config.json",
+        (store, plan, tmp_path / "out"): "a plan needs the model in memory",
+        (store, chain / "linear.patch", "--lora", tmp_path / "out"): "--lora needs the model in memory",
+        (chain / "model", patch, store): "exists",
+        (store, patch, f"{store}/inside"): "lie apart",
+    }.items():
+        assert reason in refused("export", *words, "-q"), words
+        assert stored("") == before, words
+        assert not any(tmp_path.iterdir()), words
+    assert run("export", store, patch, tmp_path / "out", "--workers", 0).exit_code == 2
+
+
+def test_diff_of_urls_is_the_diff_of_the_folders(store: str, chain: Path, tmp_path: Path) -> None:
+    ok("export", chain / "model", chain / "linear.patch", tmp_path / "edited", "-q")
+    edited = upload(tmp_path / "edited", "edited")
+    for name, pair in {
+        "paths": (chain / "model", tmp_path / "edited"),
+        "urls": (store, edited),
+        "mixed": (f"file://{chain / 'model'}", edited),
+    }.items():
+        words = ("--out", tmp_path / name, "--keep-originals", tmp_path / f"{name}.kept")
+        assert "10 edited tensors" in ok("diff", *pair, *words, "-q")
+        assert (tmp_path / name).read_bytes() == (tmp_path / "paths").read_bytes()
+        assert (tmp_path / f"{name}.kept").read_bytes() == (tmp_path / "paths.kept").read_bytes()
+    assert "do not differ" in refused("diff", store, store, "-q")
+    assert "no config.json" in refused("diff", store, "memory://cli/nowhere", "-q")
+
+
+# torch.export
+
+
+def test_a_program_for_torch_export_equals_the_hooks(chain: Path, tmp_path: Path) -> None:
+    out, plan = tmp_path / "erased.pt2", chain / "affine.plan"
+    said = ok("export", chain / "model", plan, "--torch", out, "-q")
+    assert said.strip() == f"written: {out}"  # nothing was baked
+    program = torch.export.load(out).module()
+    erased, untouched = hooked(chain / "model", plan)
+    found = program(input_ids=IDS, use_cache=False).logits
+    torch.testing.assert_close(found, erased, rtol=0, atol=1e-4)
+    assert (found - untouched).abs().max() > 1e-2
+    assert "exists" in refused("export", chain / "model", plan, "--torch", out, "-q")
+    other = tmp_path / "other.pt2"
+    assert "give the plan" in refused(
+        "export", chain / "model", chain / "affine.patch", "--torch", other, "-q"
+    )
+    assert "fingerprint" in refused("export", chain / "other", plan, "--torch", other, "-q")
+    assert [path.name for path in tmp_path.iterdir()] == ["erased.pt2"]
+
+
+def test_a_model_that_cannot_be_traced_is_refused(tmp_path: Path) -> None:
+    model = tiny("mixtral", dtype=torch.float32)
+    plan = random_plan(model, Architecture.of(model).sites("mlp_in"), rank=1)
+    with pytest.raises(UnsupportedModelError, match="batched_mm"):
+        torch_program(model, plan, tmp_path / "erased.pt2")
+    assert not any(tmp_path.iterdir())

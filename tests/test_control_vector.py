@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import ggufkit
 import numpy as np
 import pytest
 import torch
-from tiny import random_plan, tiny
+from tiny import D, random_plan, tiny, token_ids
+from torch import Tensor
 
 from repe_unlearn import export
 from repe_unlearn.architectures import Architecture
 from repe_unlearn.errors import InputError, NonFiniteError, OutputExistsError, ShapeError
 from repe_unlearn.folding import bake
+from repe_unlearn.taps import tap
 
 
 def test_the_layout_that_llama_cpp_reads(tmp_path: Path) -> None:
@@ -65,3 +68,51 @@ def test_bad_directions_leave_nothing(
     with pytest.raises(error, match=words):
         export.control_vector(directions, tmp_path / "x.gguf", model_hint="llama")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_llama_cpp_adds_it_where_a_hook_adds_it(tmp_path: Path) -> None:
+    """The file is read as llama.cpp's own tools read it, and handed to llama.cpp's own call."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    model = tiny("llama", dtype=torch.float32)
+    source = ggufkit.write(tmp_path / "m.gguf", model)
+    directions = {1: 3 * torch.randn(D), 2: 3 * torch.randn(D)}
+    held = ggufkit.contents(export.control_vector(directions, tmp_path / "v.gguf", model_hint="llama"))
+    buffer = b"".join(held[f"direction.{layer}"][1] for layer in (1, 2))  # from layer 1 on
+    prompt = token_ids(1, 8)[0].tolist()
+
+    def engine() -> Any:
+        return llama_cpp.Llama(str(source), n_ctx=64, n_threads=1, logits_all=True, verbose=False)
+
+    def theirs(llama: Any, ids: list[int]) -> Tensor:
+        llama.reset()
+        llama.eval(ids)
+        return torch.tensor(llama.scores[: len(ids)].copy())
+
+    @torch.no_grad()
+    def ours(ids: list[int], layers: tuple[int, ...]) -> Tensor:
+        sites = {
+            site: directions[n]
+            for n in layers
+            for site in Architecture.of(model).sites("resid_post", layers=[n])
+        }
+        with tap(model, {site: lambda x, d=d: x + d for site, d in sites.items()}):
+            return model(torch.tensor([ids])).logits[0]
+
+    def follow(logits: Any) -> list[int]:
+        text = list(prompt)
+        for _ in range(8):
+            text.append(int(logits(text)[-1].argmax()))
+        return text
+
+    plain, steered = engine(), engine()
+    data = (ctypes.c_float * (2 * D)).from_buffer_copy(buffer)
+    assert llama_cpp.llama_set_adapter_cvec(steered._ctx.ctx, data, 2 * D, D, 1, 2) == 0
+    wanted = ours(prompt, (1, 2))
+    close = 5e-3 * wanted.norm()  # keys and values are cached in 16 bits
+    assert (theirs(steered, prompt) - wanted).norm() < close
+    assert (theirs(plain, prompt) - ours(prompt, ())).norm() < close
+    for layers in ((), (1,), (2,)):  # controls: both are there, each at its own layer
+        assert (wanted - ours(prompt, layers)).norm() > 20 * close
+    assert follow(lambda ids: theirs(steered, ids)) == follow(lambda ids: ours(ids, (1, 2)))
+    assert follow(lambda ids: ours(ids, (1, 2))) != follow(lambda ids: ours(ids, ()))

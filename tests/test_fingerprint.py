@@ -114,3 +114,22 @@ def test_positions_are_distinct_and_reach_both_ends(numel: int) -> None:
     if numel:
         assert positions[0] == 0
         assert positions[-1] == numel - 1
+
+
+def test_a_tied_tensor_counts_by_the_name_that_files_have() -> None:
+    """XLM-RoBERTa registers its head before its embeddings; its files have the embeddings."""
+    from tiny import tiny
+
+    model = tiny("xlm-roberta", dtype=torch.float32)
+    head = "lm_head.decoder.weight"
+    assert head in dict(model.named_parameters())
+    embedding = model.roberta.embeddings.word_embeddings
+    assert embedding.weight is model.lm_head.decoder.weight
+    print_ = fingerprint(model)
+    reversed_ = dict(reversed(model._modules.items()))  # now the embeddings come first
+    model._modules.clear()
+    model._modules.update(reversed_)
+    assert head not in dict(model.named_parameters())
+    assert fingerprint(model) == print_
+    embedding.weight = torch.nn.Parameter(embedding.weight.detach().clone())  # control: two tensors are two
+    assert fingerprint(model) != print_

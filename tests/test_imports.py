@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "sites", "tokens", "example", "rows", "shrinkage", "placement", "inputs"),
     (
         "eraser",
+        "edit",
         "moments",
         "thin_moments",
         "concepts",
@@ -31,8 +32,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "ranks",
         "resume",
         "shards",
+        "tables",
     ),
-    ("contrast", "splitting", "description", "chat", "readers", "builtin", "recipe"),
+    ("contrast", "splitting", "description", "chat", "readers", "builtin", "recipe", "facts", "facts_files"),
     ("solvers", "models", "gguf_cache"),
     (
         "plan",
@@ -51,7 +53,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "algebra",
         "quantisation",
     ),
-    ("activations", "sequential", "hooks", "gate", "linears", "stream", "folding"),
+    ("activations", "answers", "sequential", "hooks", "gate", "linears", "stream", "folding", "localize", "train"),
     ("audit", "export"),
     ("named_tensors", "difference", "undo"),
     ("demo", "cli", "__main__"),
@@ -73,13 +75,14 @@ SOLVERS_MAY_IMPORT = {
     "shrinkage",
     "tensorfile",
     "eraser",
+    "edit",
     "errors",
 }
 # Slow or optional; imported inside the functions that need them, and only in these modules.
 HEAVY = {
     "transformers": {"models", "gguf_cache", "export", "train", "cli", "demo", "audit"},
     "sklearn": {"audit", "cli", "demo", "estimator"},
-    "matplotlib": {"audit", "cli", "demo"},
+    "matplotlib": {"audit", "cli", "demo", "localize"},
     "jinja2": {"audit", "cli", "demo"},
     "datasets": {"contrast", "readers", "cli", "demo"},
     "rich": {"audit", "cli", "demo"},

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import assert_same, oblique, random_plan, snapshot, tiny, tiny_inputs
 from torch import Tensor, nn
 
-from repe_unlearn.architectures import Architecture, Experts, Kind, Read
+from repe_unlearn.architectures import Architecture, Kind
 from repe_unlearn.errors import (
     InputError,
     ModelMismatchError,
@@ -43,27 +43,9 @@ def made(family: str, *kinds: Kind, rank: int = 2, **settings: Any) -> tuple[nn.
     return model, bake(model, random_plan(model, arch.sites(*wanted), rank=rank, affine=False))
 
 
-def with_experts(model: nn.Module, patch: Patch) -> Patch:
-    """Return a patch with a linear eraser before every mixture of experts too: router, shared and routed experts."""
-    arch, edits, e = Architecture.of(model), dict(patch.edits), oblique(affine=False)
-    for layer in range(arch.n_layers):
-        part, base = arch.part("mlp_in", layer), arch.block(layer)
-        assert isinstance(part, Read)
-        for reader in part.readers:
-            name = f"{base}.{reader.path if isinstance(reader, Experts) else f'{reader}.weight'}"
-            weight = model.get_parameter(name).double()
-            if not isinstance(reader, Experts):
-                edits[name] = Edit(-(weight @ e.left), e.right, "reader")
-            elif reader.axes == "eoi":
-                edits[name] = Edit(-(weight @ e.left), e.right, "experts")
-            else:
-                edits[name] = Edit(e.right.T, -(e.left.T @ weight), "experts")
-    return replace(patch, edits=edits)
-
-
 def made_with_experts(family: str) -> tuple[nn.Module, Patch]:
-    model, patch = made(family, "attn_in")
-    return model, with_experts(model, patch)
+    """Return the same with routers, shared experts and routed experts among what is edited."""
+    return made(family, "attn_in", "mlp_in")
 
 
 def embedding_patch(model: nn.Module) -> Patch:
@@ -111,6 +93,25 @@ def test_reloaded_by_peft_it_equals_the_baked_model(family: str, tmp_path: Path)
     adapted = reloaded(model, folder, family)
     assert (adapted - baked).abs().max() <= 1e-5 * baked.abs().max()
     assert (plain - baked).abs().max() > 1e-2 * baked.abs().max()  # the patch does something
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_what_experts_write_is_edited_too(family: str, tmp_path: Path) -> None:
+    model, patch = made(family, "attn_in", "mlp_in", "attn_out", "mlp_out")
+    assert "model.layers.0.mlp.experts.down_proj" in patch.edits
+    plain = logits(model, family)
+    folder = lora(model, patch, tmp_path / "adapter")
+    patch.apply_(model)
+    baked = logits(model, family)
+    patch.revert_(model)
+    readers = Patch({n: e for n, e in patch.edits.items() if "down_proj" not in n}, patch.fingerprint)
+    readers.apply_(model)
+    without = logits(model, family)
+    readers.revert_(model)
+    adapted = reloaded(model, folder, family)
+    assert (adapted - baked).abs().max() <= 1e-5 * baked.abs().max()
+    for other in (plain, without):  # controls
+        assert (other - baked).abs().max() > 1e-2 * baked.abs().max()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from tiny import D, assert_same, oblique, random_plan, snapshot, tiny, token_ids
 from torch import nn
 
+from repe_unlearn import edit as edit_module
 from repe_unlearn import patch as patch_module
 from repe_unlearn.architectures import Architecture
 from repe_unlearn.errors import (
@@ -94,7 +95,7 @@ def test_large_weights_are_edited_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
     edit = Edit(torch.randn(7, 2, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64), "x")
     weight, bias = torch.randn(7, 5), torch.randn(7)
     whole = edit.apply(weight)
-    monkeypatch.setattr(patch_module, "_AT_ONCE", 12)  # two rows
+    monkeypatch.setattr(edit_module, "_AT_ONCE", 12)  # two rows
     torch.testing.assert_close(edit.apply(weight), whole)
     shift = torch.arange(7.0)
     assert torch.equal(Edit(shift, None, "bias").apply(bias), (bias.double() + shift).float())

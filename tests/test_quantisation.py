@@ -12,12 +12,12 @@ from torch import nn
 from repe_unlearn.algebra import scale
 from repe_unlearn.architectures import Architecture
 from repe_unlearn.eraser import Eraser
-from repe_unlearn.errors import InputError, ModelMismatchError
+from repe_unlearn.errors import InputError, ModelMismatchError, ShapeError
 from repe_unlearn.fingerprints import fingerprint
 from repe_unlearn.folding import bake
 from repe_unlearn.patch import Edit, Patch
 from repe_unlearn.plan import ErasurePlan
-from repe_unlearn.quantisation import margin
+from repe_unlearn.quantisation import margin, quantisation_safe
 
 WIDTH = 128
 
@@ -97,3 +97,60 @@ def test_refusals() -> None:
     patch.apply_(model)
     with pytest.raises(ModelMismatchError, match="revert_ the patch"):
         margin(patch, model)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (4, 7), (8, 128)])
+@pytest.mark.parametrize("low_rank", [True, False])
+def test_a_safe_edit_moves_half_of_its_elements_by_half_a_step(bits: int, group: int, low_rank: bool) -> None:
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, 40, generator=g)
+    left, right = torch.randn(12, 1, generator=g) * 1e-3, torch.randn(1, 40, generator=g)
+    left[3:5] = 0
+    edit = Edit(left, right, "x") if low_rank else Edit(left @ right, None, "x")
+    safe, factor = quantisation_safe(edit, weight, bits=bits, group=group)  # type: ignore[arg-type]
+    assert factor > 1
+    assert safe.rank == edit.rank
+    torch.testing.assert_close(safe.delta(), edit.delta() * factor)
+    # By hand, group by group.
+    moved = []
+    for row in (*range(3), *range(5, 12)):
+        for start in range(0, 40, group):
+            part = slice(start, start + group)
+            step = weight[row, part].double().abs().max() / (2 ** (bits - 1) - 1)
+            moved += (safe.delta()[row, part].abs() / step).tolist()
+    moved.sort()
+    assert moved[(len(moved) - 1) // 2] == pytest.approx(0.5)
+    assert f"x{factor:.3g} for {bits} bits" in safe.rule
+    # It is the least factor, and a second pass has nothing to do.
+    assert quantisation_safe(safe, weight, bits=bits, group=group)[1] == pytest.approx(1.0)  # type: ignore[arg-type]
+    large = Edit(1e4 * edit.left, edit.right, "x")
+    assert quantisation_safe(large, weight, bits=bits, group=group) == (large, 1.0)  # type: ignore[arg-type]
+
+
+def test_a_safe_edit_survives_where_the_plain_one_does_not() -> None:
+    model = nn.Sequential(nn.Linear(64, 32, bias=False))
+    weight = model.get_parameter("0.weight").detach()
+    plain = Edit(1e-3 * torch.randn(32, 1), torch.randn(1, 64), "x")
+    safe, _ = quantisation_safe(plain, weight)
+    survives = [
+        margin(Patch({"0.weight": edit}, fingerprint(model)), model, bits=4, group=32)[0]
+        for edit in (plain, safe)
+    ]
+    assert survives[0].below > 0.9
+    assert survives[1].below < 0.2
+    assert survives[0].undone > 2 * survives[1].undone
+
+
+def test_edits_that_cannot_be_made_safe_are_refused() -> None:
+    weight = torch.ones(4, 8)
+    one = torch.zeros(4, 8)
+    one[0, 0] = 1e-4
+    for edit, settings, error, message in (
+        (Edit(0 * weight, None, "x"), {}, InputError, "edit of zeros"),
+        (Edit(one, None, "x"), {}, InputError, "more than half of the elements"),
+        (Edit(weight[:2], None, "x"), {}, ShapeError, r"shape \(2, 8\) and a weight \(4, 8\)"),
+        (Edit(weight, None, "x"), {"bits": 3}, InputError, "needed 4 or 8 bits"),
+        (Edit(weight, None, "x"), {"group": 0}, InputError, "a group of at least 1"),
+    ):
+        with pytest.raises(error, match=message):
+            quantisation_safe(edit, weight, **settings)

@@ -225,6 +225,35 @@ def test_torch_export_has_only_aten_operators_and_survives_a_file(
     assert not torch.allclose(model(ids).logits, hooked, atol=1e-2)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "bert"])
+def test_onnx_runtime_computes_what_hooks_compute(name: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = tiny(name, dtype=torch.float32)
+    arch = Architecture.of(model)
+    sites = [*arch.sites("attn_in", "mlp_out", "resid_post", layers=[0, 1]), Site(arch.block(1), "input")]
+    plan = random_plan(model, sites, rank=1)
+    kwargs = {"input_ids": token_ids(), **({} if name == "bert" else {"use_cache": False})}
+    auto = torch.export.Dim.AUTO
+    torch.onnx.export(
+        torch_module(model, plan),
+        (),
+        str(tmp_path / "model.onnx"),
+        kwargs=kwargs,
+        dynamo=True,
+        dynamic_shapes={key: {0: auto, 1: auto} if key == "input_ids" else None for key in kwargs},
+        verbose=False,
+    )
+    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"))
+    ids = token_ids(3, 6, seed=1)
+    (found,) = session.run(None, {"input_ids": ids.numpy()})
+    with apply(model, plan):
+        hooked = logits(model, input_ids=ids)
+    torch.testing.assert_close(torch.tensor(found), hooked, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(model, input_ids=ids), hooked, atol=1e-2)
+
+
 # What cannot be expressed
 
 

@@ -93,6 +93,26 @@ CONFIGS: dict[str, dict] = {
         "shared_expert_intermediate_size": 40,
     },
     "qwen3_moe": {**_MOE, "num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8},
+    "olmoe": {**_MOE, "num_experts": 4, "clip_qkv": 1.0},
+    "glm4_moe": {
+        **_MOE,
+        "n_routed_experts": 4,
+        "moe_intermediate_size": 24,
+        "head_dim": 8,
+        "use_qk_norm": True,
+    },
+    "qwen3_next": {
+        **_MOE,
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"] + ["linear_attention"] * (LAYERS - 2),
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+    },
     "deepseek_v3": {
         **_MOE,
         "num_key_value_heads": 4,
@@ -239,11 +259,14 @@ def _make(model_type: str, dtype: torch.dtype, seed: int, head: str, changes: di
 
 
 def tiny_inputs(model_type: str, *, dtype: torch.dtype = torch.float64, seed: int = 7) -> dict[str, Tensor]:
-    """Return the keyword arguments of one forward pass: two rows of random ids, or two random images."""
+    """Return the keyword arguments of one forward pass: two rows of random ids, random images, or both."""
     if model_type == "vit":
         generator = torch.Generator().manual_seed(seed)
         return {"pixel_values": torch.randn(2, 3, 8, 8, generator=generator).to(dtype)}
     inputs = {"input_ids": token_ids(seed=seed, vocab=90)}
+    if model_type == "gemma3":  # an image of four tokens in every text
+        inputs["input_ids"][:, 2:6] = CONFIGS["gemma3"]["image_token_index"]
+        return {**inputs, **tiny_inputs("vit", dtype=dtype, seed=seed)}
     return {**inputs, "decoder_input_ids": token_ids(2, 5, seed=seed + 1)} if model_type == "t5" else inputs
 
 

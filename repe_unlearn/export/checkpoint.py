@@ -41,7 +41,7 @@ from repe_unlearn.export.matching import (
 )
 from repe_unlearn.export.places import Place, RemotePath, place, size_of
 from repe_unlearn.export.rewrite import new_values
-from repe_unlearn.export.safetensors_io import Content, Header, index, read_header, write_stream
+from repe_unlearn.export.safetensors_io import Content, headers, read_header, write_stream
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,13 +138,13 @@ def checkpoint(
         raise InputError(f"got workers={workers}; needed at least 1.")
     origin, target = place(source), place(out)
     check_places(origin, target, force)
-    headers = _headers(origin)
+    found = headers(origin)
     config = read_json(origin / "config.json")
     if check_fingerprint and patch.fingerprint:
-        check_print(patch, config, headers)
-    plan = draft(patch, config, headers)
+        check_print(patch, config, found)
+    plan = draft(patch, config, found)
     report = _manifest(origin, patch, config, manifest or {})
-    used = {*plan.files, *(file.name for file in headers), _INDEX, "config.json", MANIFEST}
+    used = {*plan.files, *(file.name for file in found), _INDEX, "config.json", MANIFEST}
     files, left_out = other_files(origin, used, own_tokenizer=tokenizer is not None)
     workers = workers or min(4, os.cpu_count() or 1)
 
@@ -161,10 +161,6 @@ def checkpoint(
         _write_json(folder / MANIFEST, report)
         _write_json(folder / "config.json", plan.config)
     return str(target) if isinstance(target, RemotePath) else target
-
-
-def _headers(folder: Any) -> dict[Any, Header]:
-    return {file: read_header(file) for file in sorted(set(index(folder).values()), key=str)}
 
 
 def _folder(out: Place, force: bool, key: Callable[[], str]) -> AbstractContextManager[Place]:

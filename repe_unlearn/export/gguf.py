@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from repe_unlearn.errors import (
     InputError,
@@ -36,7 +36,7 @@ from repe_unlearn.export.gguf_file import (
     write_gguf,
 )
 from repe_unlearn.export.gguf_names import Dialect, Slot, dialect_of
-from repe_unlearn.fingerprints import digest, fingerprint, sample_positions
+from repe_unlearn.export.gguf_source import check_model, check_values, values_of
 from repe_unlearn.patch import Edit, Patch
 
 __all__ = ["gguf"]
@@ -97,7 +97,7 @@ def gguf(
         raise InputError(f"out and source are one file, {source}; choose another path for out.")
     file = read_gguf(source)
     dialect = dialect_of(file)
-    _check_model(dialect, patch, model, check_fingerprint)
+    check_model(dialect, patch, model, check_fingerprint)
     work = _Work(file, dialect, patch, model)
     entries = _entries(work, requantise)
     with new_file(_beside(out), force=True) as manifest, new_file(out, force=force) as partial:
@@ -179,63 +179,6 @@ def _entries(work: _Work, requantise: bool | str) -> dict[str, Entry]:
     return entries
 
 
-def _check_model(dialect: Dialect, patch: Patch, model: nn.Module | None, check: bool) -> None:
-    if model is None and not check:
-        return
-    found = _file_prints(dialect) if model is None else (fingerprint(model),)
-    if patch.fingerprint not in found:
-        what = "file" if model is None else "model"
-        raise ModelMismatchError(
-            f"the patch was made for fingerprint {patch.fingerprint}; this {what} has {found[0]}. Use the file that the "
-            "model was loaded or converted from. If its values were rounded on the way (F16, Q4_1 ...), pass the "
-            "unedited model as model=, or check_fingerprint=False."
-        )
-
-
-def _file_prints(dialect: Dialect) -> tuple[str, ...]:
-    """Return the fingerprints that a model may have whose values are those in the file, by its model_type."""
-    import transformers
-
-    file = dialect.file
-    try:
-        config = transformers.AutoConfig.from_pretrained(file.path.parent, gguf_file=file.path.name)
-        with torch.device("meta"):
-            skeleton = transformers.AutoModelForCausalLM.from_config(config)
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise UnsupportedModelError(
-            f"transformers cannot read the settings in {file.path} ({error}), so it cannot be held against the patch's "
-            "fingerprint; pass the unedited model as model=, or check_fingerprint=False."
-        ) from error
-    samples = []
-    for name, parameter in skeleton.named_parameters():
-        values = _values(file, dialect.slot(name), tuple(parameter.shape)).reshape(-1)
-        picked = values[torch.tensor(sample_positions(values.numel()), dtype=torch.int64)]
-        samples.append((name, tuple(parameter.shape), picked))
-    types = dict.fromkeys((config.model_type, *dialect.row.twins))
-    return tuple(digest(model_type, samples) for model_type in types)
-
-
-def _values(file: GGUFFile, slot: Slot, shape: tuple[int, ...]) -> Tensor:
-    """Return a parameter as the model has it.
-
-    Raises:
-        ModelMismatchError: the file lacks it, or it has another size.
-    """
-    lacking = [name for name in slot.names if name not in file.entries]
-    if lacking:
-        raise ModelMismatchError(
-            f"{file.path} has no {lacking[0]}, so it is of another model, or transformers takes it for one; in that case "
-            "pass the unedited model as model=."
-        )
-    entries = [file.entries[name] for name in slot.names]
-    whole = slot.from_file([decode(file.data(entry), entry) for entry in entries])
-    if [n for n in whole.shape if n > 1] != [n for n in shape if n > 1]:
-        raise ModelMismatchError(
-            f"{slot.names[0]} in {file.path} has shape {list(whole.shape)}; needed {list(shape)}. It is of another model."
-        )
-    return whole.reshape(shape)  # a single row may come as a vector
-
-
 # Writing
 
 
@@ -254,12 +197,12 @@ def _edited(work: _Work, parameter: str, edit: Edit) -> dict[str, bytes]:
     """Return the bytes of all tensors of one edited parameter, after measuring what rounding does to the edit."""
     slot = work.dialect.slot(parameter)
     if slot.names[0] in work.file.entries:
-        old = _values(work.file, slot, edit.shape)
-        _check_values(work, parameter, old)
+        old = values_of(work.file, slot, edit.shape)
+        check_values(work.model, work.patch, parameter, old)
     elif parameter in work.patch.new_biases:
         old = torch.zeros(edit.shape)
     else:
-        old = _values(work.file, Slot(("token_embd.weight",)), edit.shape)
+        old = values_of(work.file, Slot(("token_embd.weight",)), edit.shape)
     entries = [work.entries[name] for name in slot.names]
     try:
         new = edit.apply(old)
@@ -291,20 +234,6 @@ def _edited(work: _Work, parameter: str, edit: Edit) -> dict[str, bytes]:
         "blake2b": hashlib.blake2b(b"".join(data.values()), digest_size=16).hexdigest(),
     }
     return data
-
-
-def _check_values(work: _Work, parameter: str, held: Tensor) -> None:
-    """Hold what the file has against the model: a wrong row order or tensor is off by more than the whole norm."""
-    if work.model is None or parameter in work.patch.new_biases:
-        return
-    wanted = work.model.get_parameter(parameter).detach().to("cpu", torch.float64)
-    off = float((held.double() - wanted).norm())
-    size = float(wanted.norm())
-    if off > 0.5 * size:
-        raise ModelMismatchError(
-            f"{parameter} of the file is off by {off / size if size else off:.2g} of its norm from the model's; the file "
-            "is of another model."
-        )
 
 
 def _manifest(work: _Work) -> Mapping[str, object]:

@@ -16,8 +16,6 @@ from repe_unlearn.patch import Edit
 
 __all__ = ["AnyEdit", "new_values"]
 
-_BLOCK = 1 << 16  # elements; in float64 they fit the cache of a core
-
 
 class AnyEdit(Protocol):
     """What is needed of one edit: a pure map from the old to the new tensor, same shape and dtype."""
@@ -31,7 +29,7 @@ def new_values(edit: AnyEdit, spec: TensorSpec, origin: tuple[Header, str] | Non
     """Yield the bytes of a tensor after an edit, computed in float64 and cast once.
 
     The same arithmetic as `edit.apply`, which is also what happens to edits that are no `patch.Edit`: those need the
-    whole tensor at once, the others a block of it.
+    whole tensor at once, the others a block of it. Every piece is overwritten by the next.
 
     Args:
         edit: of this tensor.
@@ -51,25 +49,20 @@ def new_values(edit: AnyEdit, spec: TensorSpec, origin: tuple[Header, str] | Non
         raise ModelMismatchError(
             f"The edit of {spec.name} is for shape {list(edit.shape)}; the checkpoint's tensor has {list(spec.shape)}."
         )
-    with nullcontext() if origin is None else tensor_reader(*origin) as read:
-        for change in _changes(edit):
-            count = change.numel()
-            old = torch.zeros(count, dtype=dtype) if read is None else read(count)
-            new = (old.to(torch.float64).view_as(change) + change).to(dtype)
-            _require_finite(spec.name, new)
-            yield tensor_bytes(new)
-
-
-def _changes(edit: Edit) -> Iterator[Tensor]:
-    """Yield what an edit adds, float64, in the order of the elements."""
-    if edit.right is None:
-        yield from edit.left.reshape(-1).split(_BLOCK)
-    elif len(edit.shape) > 2:
-        for e in range(edit.shape[0]):
-            yield from _changes(edit.part((e,)))
-    else:
-        for rows in edit.left.split(max(1, _BLOCK // edit.right.shape[1])):
-            yield rows @ edit.right
+    blocks = edit.blocks()
+    if not blocks:
+        return
+    place, rows = blocks[0]  # the largest
+    # Both are used again and again: fresh memory costs more than the arithmetic.
+    narrow = torch.empty((rows.stop, *spec.shape[len(place) + 1 :]), dtype=dtype)
+    wide = torch.empty_like(narrow, dtype=torch.float64)
+    with nullcontext(Tensor.zero_) if origin is None else tensor_reader(*origin) as read:
+        for place, rows in blocks:
+            count = rows.stop - rows.start
+            block = read(narrow[:count])
+            block.copy_(edit.add_to(wide[:count].copy_(block), place, rows))
+            _require_finite(spec.name, block)
+            yield tensor_bytes(block)
 
 
 def _whole(edit: AnyEdit, spec: TensorSpec, origin: tuple[Header, str] | None) -> Tensor:
@@ -90,8 +83,9 @@ def _whole(edit: AnyEdit, spec: TensorSpec, origin: tuple[Header, str] | None) -
 
 
 def _require_finite(name: str, new: Tensor) -> None:
-    # A finite sum has finite terms, and adding is several times faster than looking at every element.
-    if not math.isfinite(float(new.sum(dtype=torch.float64))) and not torch.isfinite(new).all():
+    # A finite sum has finite terms, and adding is many times faster than looking at every element.
+    total = float(new.sum(dtype=torch.promote_types(new.dtype, torch.float32)))
+    if not math.isfinite(total) and not torch.isfinite(new).all():
         raise NonFiniteError(
             f"The edit of {name} produced NaN or infinite values in {new.dtype}. Check the patch, or patch a "
             "checkpoint in a wider dtype."

@@ -23,6 +23,7 @@ __all__ = [
     "Header",
     "TensorSpec",
     "dtype_name",
+    "headers",
     "index",
     "read_header",
     "read_tensor",
@@ -204,6 +205,15 @@ def index(folder: P) -> dict[str, P]:
     )
 
 
+def headers(folder: Any) -> dict[Any, Header]:
+    """Return the tables of contents of all files of weights of a checkpoint folder (a `Place`), by file.
+
+    Raises:
+        FileFormatError: as `index`.
+    """
+    return {file: read_header(file) for file in sorted(set(index(folder).values()), key=str)}
+
+
 def _sharded(folder: P, table: P) -> dict[str, P]:
     try:
         listed: dict[str, str] = dict(json.loads(table.read_text(encoding="utf-8"))["weight_map"])
@@ -231,19 +241,19 @@ def read_tensor(header: Header, name: str) -> Tensor:
     """
     spec = header.specs[name]
     with tensor_reader(header, name) as read:
-        return read(math.prod(spec.shape)).reshape(spec.shape)
+        return read(torch.empty(spec.shape, dtype=spec.torch_dtype))
 
 
 @contextmanager
-def tensor_reader(header: Header, name: str) -> Iterator[Callable[[int], Tensor]]:
-    """Give a function that reads the next so many elements of one tensor into fresh CPU memory, flat.
+def tensor_reader(header: Header, name: str) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Give a function that fills a contiguous CPU tensor with the next elements of one on disk, and returns it.
 
     Raises:
         InputError: torch has no plain dtype for this tensor.
         FileFormatError: the file became shorter.
 
     Example:
-        ``with tensor_reader(header, "w") as read: first, rest = read(10), read(90)``
+        ``with tensor_reader(header, "w") as read: first, rest = read(torch.empty(10)), read(torch.empty(90))``
     """
     spec, dtype = header.specs[name], header.specs[name].torch_dtype
     if dtype is None:
@@ -252,27 +262,26 @@ def tensor_reader(header: Header, name: str) -> Iterator[Callable[[int], Tensor]
         # One after the other: a mapped tensor stays on disk until its elements are asked for.
         flat, position = header.tensors[name].reshape(-1), 0
 
-        def slice_of(count: int) -> Tensor:
+        def copy_into(target: Tensor) -> Tensor:
             nonlocal position
-            position += count
-            return flat[position - count : position].clone()
+            position += target.numel()
+            return target.copy_(flat[position - target.numel() : position].view_as(target))
 
-        yield slice_of
+        yield copy_into
         return
     with header.path.open("rb", buffering=0) as stream:
         stream.seek(header.slices[name].begin)
 
-        def read(count: int) -> Tensor:
-            flat = torch.empty(count, dtype=dtype)
-            view, origin = tensor_bytes(flat), stream
+        def read_into(target: Tensor) -> Tensor:
+            view, origin = tensor_bytes(target), stream
             while view:
                 got = origin.readinto(view)  # type: ignore[attr-defined]
                 if not got:
                     raise FileFormatError(f"{header.path} became shorter while it was read.")
                 view = view[got:]
-            return flat
+            return target
 
-        yield read
+        yield read_into
 
 
 Content = Tensor | memoryview | FileSlice | Iterator[memoryview]

@@ -1,11 +1,12 @@
 """How fast is a patched checkpoint written, next to `cp -r` of the same files, and with how much memory?
 
-Makes a sharded bfloat16 checkpoint with the names of a Llama, a patch of rank 2 of every o_proj and down_proj, and
-exports it in a fresh process (timed inside it) in turn with `cp -r` on the same disk. Both read files that were just read (warm cache),
-and both end with the data handed to the system; with --sync both end with `sync`, when it is on the disk. Then checks:
-untouched tensors byte for byte, and an export that is killed half-way and started again.
+Makes a sharded bfloat16 checkpoint with the names of a Llama and a patch of rank 2 of every o_proj and down_proj, and
+exports it in turn with `cp -r` on the same disk. Every measurement starts from a source that was just read (warm cache) and
+without the files of the last one. The export runs in a fresh process and is timed inside it, from the call to its return;
+`cp` from its start to its end. In half of the rounds both go on until fsync has returned for every file that was written.
+Then checks: untouched tensors byte for byte, and an export that is killed half-way and started again.
 
-    python tests/benchmarks/export.py --gb 8 --sync
+    python tests/benchmarks/export.py --gb 8 --rounds 5
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import argparse
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -30,20 +34,38 @@ from repe_unlearn.export.matching import slice_digest
 from repe_unlearn.export.safetensors_io import TensorSpec, index, read_header, write_stream
 from repe_unlearn.patch import Edit, Patch
 
+# Writing 5 to clear_refs sets the peak (VmHWM) back to what is resident now: the level after all imports.
 _WORKER = """
-import json, os, resource, sys, time
+import json, os, sys, time
 from pathlib import Path
 import tqdm
 from repe_unlearn.export import checkpoint
 from repe_unlearn.patch import Patch
-patch = Patch.load(sys.argv[2])
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before, start = peak(), time.perf_counter()
-checkpoint(Path(sys.argv[1]), patch, Path(sys.argv[3]), force=True, check_fingerprint=False, progress=False)
-if sys.argv[4] == "True":
-    os.sync()
-print(json.dumps([time.perf_counter() - start, peak() - before]))
+def resident(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+source, file, out, synced, workers = sys.argv[1:]
+patch = Patch.load(file)
+Path("/proc/self/clear_refs").write_text("5")
+level, cpu, start = resident("VmRSS"), time.process_time(), time.perf_counter()
+checkpoint(Path(source), patch, Path(out), check_fingerprint=False, workers=int(workers) or None, progress=False)
+if synced == "True":
+    for path in Path(out).iterdir():
+        with path.open("rb") as stream:
+            os.fsync(stream)
+taken, cpu = time.perf_counter() - start, time.process_time() - cpu
+print(json.dumps([taken, cpu, level, resident("VmHWM")]))
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Seconds on the clock, seconds of processor, and for an export what was resident before and at most."""
+
+    seconds: float
+    cpu: float
+    level: int = 0
+    peak: int = 0
 
 
 def specs_of(gb: float, width: int, hidden: int) -> dict[str, list[TensorSpec]]:
@@ -100,13 +122,75 @@ def patch_of(shards: dict[str, list[TensorSpec]]) -> Patch:
     return Patch(edits, "")
 
 
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """The folders of one benchmark, and what can be timed in them."""
+
+    source: Path
+    out: Path
+    patch: Path
+    workers: int
+
+    def command(self, synced: bool) -> list[str]:
+        """Return the command of an export."""
+        words = (self.source, self.patch, self.out, synced, self.workers)
+        return [sys.executable, "-c", _WORKER, *map(str, words)]
+
+    def export(self, synced: bool) -> Run:
+        """Export in a fresh process; the files stay."""
+        self._start()
+        done = subprocess.run(self.command(synced), check=True, capture_output=True, text=True)
+        return Run(*json.loads(done.stdout))
+
+    def cp(self, synced: bool) -> Run:
+        """Copy with `cp -r`; the files stay."""
+        self._start()
+        before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+        subprocess.run(["cp", "-r", str(self.source), str(self.out)], check=True)
+        if synced:
+            for path in self.out.iterdir():
+                with path.open("rb") as stream:
+                    os.fsync(stream)
+        seconds, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+        return Run(seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+
+    def _start(self) -> None:
+        shutil.rmtree(self.out, ignore_errors=True)
+        os.sync()
+        buffer = bytearray(1 << 22)
+        for path in self.source.iterdir():
+            with path.open("rb", buffering=0) as stream:
+                while stream.readinto(buffer):
+                    pass
+
+    def compare(self, size: int, rounds: int, synced: bool) -> list[Run]:
+        """Time both in turn, print a row of medians, return the exports."""
+        runs: dict[str, list[Run]] = {"export": [], "cp": []}
+        side_by_side(
+            lambda: runs["export"].append(self.export(synced)),
+            lambda: runs["cp"].append(self.cp(synced)),
+            rounds,
+        )
+        measured = {name: found[1:] for name, found in runs.items()}  # the first round warms up
+        speed = {n: size / statistics.median(run.seconds for run in found) for n, found in measured.items()}
+        cpu = {n: statistics.median(run.cpu for run in found) for n, found in measured.items()}
+        pairs = zip(measured["cp"], measured["export"], strict=True)
+        ratios = sorted(one.seconds / other.seconds for one, other in pairs)
+        print(
+            f"{'synced' if synced else 'not synced':<11} cp -r {speed['cp'] / 1e6:5.0f} MB/s, export "
+            f"{speed['export'] / 1e6:5.0f} MB/s; export / cp by rounds: median {statistics.median(ratios):.2f}, "
+            f"{ratios[0]:.2f} to {ratios[-1]:.2f}; processor {cpu['cp']:.1f} s and {cpu['export']:.1f} s"
+        )
+        return runs["export"]
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gb", type=float, default=0.2)
     parser.add_argument("--width", type=int, default=0, help="default 4096, 1024 below 2 GB")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--sync", action="store_true", help="wait until the data are on the disk")
+    parser.add_argument("--workers", type=int, default=0, help="default that of export.checkpoint")
     parser.add_argument(
         "--folder", type=Path, help="on the disk to measure; default the one for temporary files"
     )
@@ -114,63 +198,36 @@ def main() -> None:
     width = args.width or (4096 if args.gb >= 2 else 1024)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         work = Path(name)
-        source, out, copy = work / "source", work / "out", work / "copy"
         shards = specs_of(args.gb, width, 3 * width + width // 2)
-        make(source, shards)
+        make(work / "source", shards)
         patch = patch_of(shards)
-        file = patch.save(work / "patch.safetensors")
-        size = sum(spec.nbytes for shard in shards.values() for spec in shard)
-        largest = max(spec.nbytes for shard in shards.values() for spec in shard)
-        edited = sum(s.nbytes for shard in shards.values() for s in shard if s.name in patch.edits)
-        command = [sys.executable, "-c", _WORKER, str(source), str(file), str(out), str(args.sync)]
-        peaks: list[int] = []
-
-        def finish() -> None:
-            if args.sync:
-                os.sync()
-
-        def export() -> None:
-            shutil.rmtree(out, ignore_errors=True)
-            finish()
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            taken, peak = json.loads(done.stdout)
-            seconds["export"].append(taken)
-            peaks.append(peak)
-
-        def cp() -> None:
-            shutil.rmtree(copy, ignore_errors=True)
-            finish()
-            start = time.perf_counter()
-            subprocess.run(["cp", "-r", str(source), str(copy)], check=True)
-            finish()
-            seconds["cp"].append(time.perf_counter() - start)
-
-        seconds: dict[str, list[float]] = {"export": [], "cp": []}
-        side_by_side(export, cp, args.rounds)
-        best = {name: min(values) for name, values in seconds.items()}
-
-        before, after = index(source), index(out)
+        bench = Bench(work / "source", work / "out", patch.save(work / "patch.safetensors"), args.workers)
+        specs = [spec for shard in shards.values() for spec in shard]
+        size, largest = sum(spec.nbytes for spec in specs), max(spec.nbytes for spec in specs)
+        edited = sum(spec.nbytes for spec in specs if spec.name in patch.edits)
+        print(machine())
+        print(
+            f"{size / 1e9:.2f} GB in {len(shards)} files, {edited / size:.0%} of it edited, {os.cpu_count()} processors, "
+            f"warm cache, medians of {args.rounds} rounds; load before {os.getloadavg()[0]:.1f}"
+        )
+        runs = [run for synced in (False, True) for run in bench.compare(size, args.rounds, synced)]
+        level, peak = max(run.level for run in runs), max(run.peak for run in runs)
+        grown = max(run.peak - run.level for run in runs)
+        print(
+            f"memory      {level / 1e6:.0f} MB after imports, peak {peak / 1e6:.0f} MB, {grown / 1e6:.0f} MB more; "
+            f"largest tensor {largest / 1e6:.0f} MB"
+        )
+        took = bench.export(synced=False).seconds
+        before, after = index(bench.source), index(bench.out)
         headers = {path: read_header(path) for path in {*before.values(), *after.values()}}
         changed = {
             name
             for name in before
             if slice_digest(headers[before[name]], name) != slice_digest(headers[after[name]], name)
         }
-        shutil.rmtree(copy)
-        resumed = _killed(command, out, best["export"])
-        print(machine())
-        print(
-            f"{size / 1e9:.2f} GB in {len(shards)} files, {edited / size:.0%} of it edited, warm cache, "
-            f"{'synced' if args.sync else 'not synced'}, best of {args.rounds + 1}"
-        )
-        print(f"cp -r               {size / best['cp'] / 1e6:8.0f} MB/s")
-        print(f"export              {size / best['export'] / 1e6:8.0f} MB/s")
-        print(f"export / cp         {best['cp'] / best['export']:8.2f} of the throughput")
-        print(f"memory above start  {max(peaks) / 1e6:8.0f} MB; largest tensor {largest / 1e6:.0f} MB")
-        print(
-            f"changed tensors     {len(changed):8} of {len(before)}; exactly the edited ones: {changed == set(patch.edits)}"
-        )
-        print(f"killed half-way     {resumed}")
+        exactly = changed == set(patch.edits)
+        print(f"changed     {len(changed)} of {len(before)} tensors; exactly the edited ones: {exactly}")
+        print(f"killed      {_killed(bench.command(synced=False), bench.out, took)}")
 
 
 def _killed(command: list[str], out: Path, seconds: float) -> str:

@@ -162,13 +162,38 @@ def test_a_missing_bias_of_the_experts_is_detected(bias: str, monkeypatch: pytes
     assert gap(hooked, outputs(case, model)) <= 1e-10
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe"])
+@pytest.mark.parametrize("name", ["mixtral", "olmoe", "qwen2_moe", "qwen3_moe", "qwen3_next"])
 def test_a_constant_needs_weights_that_sum_to_one(name: str) -> None:
     model = CASES[name].model()
     before = snapshot(model)
     with pytest.raises(NotBakeableError, match=r"need not sum to 1.*affine=False"):
         bake(model, random_plan(model, Architecture.of(model).sites("mlp_out")))
     assert_same(before, model)
+
+
+@cases
+def test_linear_erasers_at_every_site_bake_with_full_coverage(name: str) -> None:
+    """The way out that the refusals of affine erasers name; every reader and writer is counted."""
+    model = CASES[name].model()
+    arch = Architecture.of(model)
+    wanted: tuple[Kind, ...] = ("attn_in", "mlp_in", "attn_out", "mlp_out")
+
+    def baked(layers: list[int] | None, *kinds: Kind) -> tuple[set[str], bool]:
+        """Return the edited weights, and whether each count is n of n."""
+        patch = bake(model, random_plan(model, arch.sites(*kinds, layers=layers), rank=1, affine=False))
+        assert not patch.new_biases
+        counts = (part.partition(" ")[0].split("/") for part in patch.provenance["coverage"].split(", "))
+        whole = all(done == there for done, there in counts)
+        return {name for name in patch.edits if not name.endswith("bias")}, whole
+
+    listed = {
+        f"{arch.block(i)}.{w.path if isinstance(w, Experts) else f'{w}.weight'}"
+        for i, layout in enumerate(arch.layouts)
+        for kind in wanted
+        for w in weights(layout, kind)
+    }
+    assert baked(None, *wanted, "final") == (listed | {"lm_head.weight"}, True)
+    assert not baked([0], "attn_out")[1]  # control
 
 
 def test_edits_of_a_stack_share_one_factor() -> None:
@@ -182,8 +207,9 @@ def test_edits_of_a_stack_share_one_factor() -> None:
 
 
 @pytest.mark.parametrize("name", ["gemma3", "gpt_neox", "vit", "t5", "llama", *MOE])
-def test_names_on_disk(name: str, tmp_path: Path) -> None:
-    model = CASES[name].model(dtype=torch.float32)
+@pytest.mark.parametrize("tied", [True, False])
+def test_names_on_disk(name: str, tied: bool, tmp_path: Path) -> None:
+    model = CASES[name].model(dtype=torch.float32, **({} if tied else {"tie_word_embeddings": False}))
     model.save_pretrained(tmp_path)
     disk = load_file(tmp_path / "model.safetensors")
     arch = Architecture.of(model)
@@ -204,7 +230,9 @@ def test_names_on_disk(name: str, tmp_path: Path) -> None:
             arch.on_disk(stacked)
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "llama4_text", "qwen3_moe-mixed"])
+@pytest.mark.parametrize(
+    "name", ["deepseek_v3", "glm4_moe", "llama4_text", "qwen3_moe-mixed", "qwen3_next-mixed"]
+)
 @kinds
 def test_dense_blocks_between_them_are_baked(name: str, kind: Kind) -> None:
     case = CASES[name]

@@ -1,0 +1,131 @@
+"""DATA: the attacks of an audit, in the order of what they tell per second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+from torch import nn
+
+from repe_unlearn.audit.ablation import ablation, ablations
+from repe_unlearn.audit.behaviour import behaviours
+from repe_unlearn.audit.lens import lens
+from repe_unlearn.audit.perturbation import perturbation
+from repe_unlearn.audit.relearning import RATES, RATES_SMALL, SMALL, Arm, relearning
+from repe_unlearn.audit.scores import Scores, Tier
+from repe_unlearn.errors import InputError
+from repe_unlearn.facts import FORMS, Facts
+
+Level = Literal["quick", "standard", "full"]
+LEVELS: tuple[Level, ...] = get_args(Level)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """What an attack sees besides the model that it attacks.
+
+    Attributes:
+        tokenizer: of all models.
+        facts: what is asked.
+        edited: the edited model.
+        base: the original.
+        texts: neutral texts.
+    """
+
+    tokenizer: Any
+    facts: Facts
+    edited: nn.Module
+    base: nn.Module
+    texts: Sequence[str]
+
+
+Run: TypeAlias = Callable[[Case, nn.Module, int], Sequence[Scores]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attack:
+    """One row of the battery.
+
+    Attributes:
+        name: of the attack.
+        tier: the attacker that it needs.
+        level: the first level that has it.
+        passes: cost on one model, in passes of the seen and unseen questions through it (measured).
+        run: (case, model, seed) -> scores, one entry for every wording or reader that stands by itself.
+        seeds: draws at random, so the full level repeats it.
+        random: run it on the random edit too; expensive attacks are only at the full level.
+    """
+
+    name: str
+    tier: Tier
+    level: Level
+    passes: float
+    run: Run
+    seeds: bool = False
+    random: bool = True
+
+
+def _behaviour(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
+    return behaviours(model, case.tokenizer, case.facts, forms=FORMS, seed=seed, progress=False)
+
+
+def _ablation(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
+    # All models are attacked with the directions of the edited one.
+    which = ablations(case.edited, case.tokenizer, case.facts, base=case.base, progress=False)
+    return [ablation(model, case.tokenizer, case.facts, which=which, progress=False)]
+
+
+def _lens(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
+    return [lens(model, case.tokenizer, case.facts, seed=seed, progress=False)]
+
+
+def _perturbed(change: str) -> Run:
+    def run(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
+        return [perturbation(model, case.tokenizer, case.facts, change=change, seed=seed, progress=False)]
+
+    return run
+
+
+def _relearned(arm: Arm, *, steps: Sequence[int] = (5, 10, 20), full: bool = False) -> Run:
+    def run(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
+        small = sum(p.numel() for p in model.parameters()) < SMALL
+        # A large model takes a minute per rate, so all of them only where there is time.
+        rates = None if full else RATES_SMALL[1:] if small else RATES[1:2]
+        options = {"steps": steps, "rates": rates, "texts": case.texts, "seed": seed, "progress": False}
+        return [relearning(model, case.tokenizer, case.facts, arm=arm, **options)]
+
+    return run
+
+
+_LONG = {"steps": (5, 10, 20, 40), "full": True}
+
+
+# Behaviour comes first: without it no verdict. Retention is measured before the attacks.
+ATTACKS: tuple[Attack, ...] = (
+    Attack("behaviour", "T0", "quick", 3.0, _behaviour),
+    Attack("ablation", "T1", "quick", 9.0, _ablation),
+    Attack("lens", "T1", "quick", 4.0, _lens),
+    Attack("relearn.retain_only", "T2", "standard", 30.0, _relearned("retain_only"), random=False),
+    Attack("relearn.facts", "T2", "standard", 30.0, _relearned("facts"), random=False),
+    Attack("perturb.int8", "T2", "standard", 1.0, _perturbed("int8")),
+    Attack("perturb.int4", "T2", "standard", 1.0, _perturbed("int4")),
+    Attack("perturb.prune30", "T2", "full", 1.0, _perturbed("prune30")),
+    Attack("perturb.noise", "T2", "full", 1.0, _perturbed("noise"), seeds=True),
+    Attack("relearn.benign", "T2", "full", 30.0, _relearned("benign", **_LONG), random=False, seeds=True),
+    Attack("relearn.decoy", "T2", "full", 30.0, _relearned("decoy", **_LONG), random=False, seeds=True),
+)
+
+
+def of_level(level: str, tier_limit: int = 2) -> tuple[Attack, ...]:
+    """Return the attacks of a level that attackers up to a tier can make.
+
+    Raises:
+        InputError: an unknown level or tier.
+    """
+    if level not in LEVELS:
+        raise InputError(f"got level {level!r}; needed one of {', '.join(LEVELS)}.")
+    if tier_limit not in (0, 1, 2):
+        raise InputError(f"got tier_limit={tier_limit!r}; needed 0 (ask), 1 (read) or 2 (tamper).")
+    most = LEVELS.index(level)
+    return tuple(a for a in ATTACKS if LEVELS.index(a.level) <= most and int(a.tier[1]) <= tier_limit)

@@ -1,0 +1,158 @@
+"""Retention: what an edit costs where nothing was to be forgotten, with intervals over facts and texts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+
+from repe_unlearn.answers import Answers, answers
+from repe_unlearn.audit.fluency import ngram_entropy, repetition
+from repe_unlearn.audit.likelihoods import greedy
+from repe_unlearn.audit.statistics import FEWEST, mean_interval
+from repe_unlearn.audit.verdict import Measure, Thresholds
+from repe_unlearn.errors import NotEnoughDataError
+from repe_unlearn.facts import Facts, Role
+from repe_unlearn.placement import input_device
+
+Enter: TypeAlias = Callable[[], AbstractContextManager[nn.Module]]
+
+TEXTS = 48  # of retained facts, for KL and perplexity
+_OPENING, _NEW = 6, 24  # tokens of a neutral text that generation begins with, and tokens that it adds
+
+
+def distance(
+    tokenizer: Any, before: Enter, after: Enter, texts: Sequence[str], *, name: str = "", seed: int = 0
+) -> tuple[Measure, Measure]:
+    """Return KL(before || after) in nats per token and the rise of log-perplexity as a share, on some texts.
+
+    Intervals are over texts, every text counted alike.
+
+    Args:
+        tokenizer: of both models.
+        before: context in which the original stands.
+        after: context in which the edited model stands; the two are entered in turn.
+        texts: at least 8 of two tokens or more.
+        name: of the texts, goes behind the names of the measures.
+        seed: of the bootstrap.
+
+    Raises:
+        NotEnoughDataError: fewer than 8 texts of two tokens or more.
+        NonFiniteError: the edited model gives NaN.
+    """
+    encoded = [ids for ids in (tokenizer(text)["input_ids"] for text in texts) if len(ids) > 1]
+    if len(encoded) < FEWEST:
+        raise NotEnoughDataError(
+            f"got {len(encoded)} texts of two tokens or more; needed at least {FEWEST} to measure what an edit costs."
+        )
+    kl, rise, level = [], [], []
+    for ids in encoded:  # one text at a time: its logits under both models are in memory
+        p, nll_before = _predicted(before, ids)
+        q, nll_after = _predicted(after, ids)
+        kl.append(float((p.exp() * (p - q)).sum(-1).mean()))
+        rise.append(nll_after - nll_before)
+        level.append(nll_before)
+    lines, where = Thresholds(), f".{name}" if name else ""
+    share = np.array(rise) / max(float(np.mean(level)), 1e-9)
+    return (
+        Measure(f"kl{where}", *mean_interval(kl, seed=seed), limit=lines.kl),
+        Measure(f"log_perplexity{where}", *mean_interval(share, seed=seed), limit=lines.log_perplexity),
+    )
+
+
+def _predicted(enter: Enter, ids: Sequence[int]) -> tuple[torch.Tensor, float]:
+    """Return log-probabilities of the next token at every position, and the mean negative one of those that came."""
+    with enter() as model, torch.inference_mode():
+        tokens = torch.tensor([ids], device=input_device(model))
+        logp = model(input_ids=tokens, use_cache=False).logits[0].float().log_softmax(-1).cpu()
+    nll = -logp[:-1].gather(1, tokens[0, 1:, None].cpu()).mean()
+    return logp.double(), float(nll)
+
+
+def drop(before: Answers, after: Answers, role: Role, *, name: str, seed: int = 0) -> Measure | None:
+    """Return by how much the share of right choices fell on facts that should stay; None for fewer than 8 facts.
+
+    Only facts that the original chooses right in most wordings count: the others have nothing to lose.
+
+    Args:
+        before: of the original.
+        after: of the edited model, to the same questions.
+        role: of the facts.
+        name: of the measure.
+        seed: of the bootstrap over facts.
+    """
+    old, new = before.per_fact(before.chosen, role), after.per_fact(after.chosen, role)
+    falls = [old[i] - new[i] for i in old if i in new and old[i] > 0.5]
+    if len(falls) < FEWEST:
+        return None
+    return Measure(name, *mean_interval(falls, seed=seed), limit=Thresholds().neighbours)
+
+
+def retention(
+    tokenizer: Any, before: Enter, after: Enter, facts: Facts, neutral: Sequence[str], *, seed: int = 0
+) -> tuple[Measure, ...]:
+    """Return what an edit costs: KL and log-perplexity on retained facts and neutral texts, and lost answers.
+
+    Args:
+        tokenizer: of both models.
+        before: context in which the original stands.
+        after: context in which the edited model stands.
+        facts: with the roles retain and neighbour, as far as there are such facts.
+        neutral: texts that have nothing to do with what was to be forgotten.
+        seed: of bootstrap and choice.
+
+    Raises:
+        NotEnoughDataError: see ``distance``; texts of retained facts are left out where there are fewer than 8.
+    """
+    kept: tuple[Role, ...] = tuple(role for role in ("retain", "neighbour") if role in facts.roles)
+    measures = list(distance(tokenizer, before, after, neutral, name="neutral", seed=seed))
+    if kept:
+        sentences = facts.training_text(*kept, seed=seed)[:TEXTS]
+        if len(sentences) >= FEWEST:
+            measures += distance(tokenizer, before, after, sentences, name="retain", seed=seed)
+        said = []
+        for enter in (before, after):
+            with enter() as model:
+                said.append(answers(model, tokenizer, facts, "unseen", roles=kept, progress=False))
+        measures += [
+            found
+            for role, name in (("retain", "retained"), ("neighbour", "neighbours"))
+            if role in kept and (found := drop(*said, role, name=name, seed=seed)) is not None
+        ]
+    return tuple(measures)
+
+
+def fluent(
+    tokenizer: Any, before: Enter, after: Enter, neutral: Sequence[str], *, texts: int = 8, seed: int = 0
+) -> tuple[Measure, ...]:
+    """Return by how much greedy continuations of neutral openings lost variety: n-gram entropy (bits), repetition.
+
+    Args:
+        tokenizer: of both models.
+        before: context in which the original stands.
+        after: context in which the edited model stands.
+        neutral: texts whose first words are continued.
+        texts: how many, at least 8.
+        seed: of the bootstrap.
+
+    Returns:
+        ``fluency.entropy`` (fall, limit 1 bit) and ``fluency.repetition`` (rise, limit 0.2).
+
+    Raises:
+        NotEnoughDataError: fewer than 8 texts.
+    """
+    openings = [tokenizer.decode(tokenizer(t)["input_ids"][:_OPENING], skip_special_tokens=True) for t in neutral[:texts]]
+    found = []
+    for enter in (before, after):
+        with enter() as model:
+            said = greedy(model, tokenizer, openings, max_new_tokens=_NEW, progress=False)
+        found.append([(ngram_entropy(text), repetition(text)) for text in said])
+    old, new = np.array(found)
+    return (
+        Measure("fluency.entropy", *mean_interval(old[:, 0] - new[:, 0], seed=seed), limit=1.0),
+        Measure("fluency.repetition", *mean_interval(new[:, 1] - old[:, 1], seed=seed), limit=0.2),
+    )

@@ -1,0 +1,169 @@
+"""Sampling: whether any of several answers, drawn at random, is the right one (leak@k)."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from math import comb
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from repe_unlearn.answers import Beginning, continuation
+from repe_unlearn.audit.lens import per_fact
+from repe_unlearn.audit.likelihoods import BATCH_TOKENS, end_tokens, equally_long
+from repe_unlearn.audit.scores import Scores, curves
+from repe_unlearn.errors import InputError, NonFiniteError, NotEnoughDataError
+from repe_unlearn.facts import Facts, Form, Question
+from repe_unlearn.placement import input_device, require_whole
+
+
+def leak_at_k(
+    model: nn.Module,
+    tokenizer: Any,
+    facts: Facts,
+    *,
+    k: int = 8,
+    forms: Sequence[Form] = ("unseen",),
+    seed: int = 0,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: bool = True,
+) -> Scores:
+    """Return the share of questions to which any of k sampled answers is right, per fact.
+
+    Sampled at temperature 1 from all tokens (top-p 1), one token more than the longest answer or option of the question
+    has. A sample is right when it begins with the answer, letter case, accents and punctuation aside, and goes on with
+    another word if at all. Guessing among n options gives 1 - (1 - 1/n)^k, not 0: compare with decoys. The draws depend
+    on the seed and the model only, not on batches.
+
+    Args:
+        model: a causal language model with its head.
+        tokenizer: its tokenizer, a fast one.
+        facts: the facts of all roles.
+        k: samples per question, >= 1.
+        forms: wordings to ask in.
+        seed: of the draws.
+        batch_tokens: positions per batch.
+        progress: show a progress bar.
+
+    Returns:
+        Scores, and as curves the expected share for 1 to k samples.
+
+    Raises:
+        InputError: k < 1, or as ``answers``.
+        NotEnoughDataError: no fact has such a wording.
+        NonFiniteError: the model's logits hold NaN or infinity.
+
+    Example:
+        ``leak_at_k(model, tokenizer, facts, k=16).of(facts, "forget").mean()``
+    """
+    if k < 1:
+        raise InputError(f"got k={k}; needed at least 1 sample.")
+    questions = facts.questions(*forms, seed=seed)
+    if not questions:
+        raise NotEnoughDataError(f"no fact of {facts.name!r} has a wording {' or '.join(forms)}.")
+    hits = [
+        sum(begins_with(text, question.answer) for text in texts)
+        for question, texts in zip(
+            questions, samples(model, tokenizer, questions, k, seed, batch_tokens, progress), strict=True
+        )
+    ]
+    # Of k samples with h hits a random subset of j has none with probability C(k - h, j) / C(k, j).
+    table = {
+        j: per_fact(questions, [1 - comb(k - h, j) / comb(k, j) for h in hits]) for j in range(1, k + 1)
+    }
+    drawn = curves(
+        table,
+        facts,
+        "Sampled answers",
+        x_label="samples",
+        y_label="share with a right one",
+        caption="How often any of so many sampled answers is right. Decoys show what guessing gives.",
+    )
+    settings = {
+        "samples": f"{k} at temperature 1, top-p 1",
+        "forms": ", ".join(forms),
+        "seed": str(seed),
+    }
+    return Scores("leak_at_k", "T0", table[k], "share", drawn, settings)
+
+
+def samples(
+    model: nn.Module,
+    tokenizer: Any,
+    questions: Sequence[Question],
+    k: int,
+    seed: int,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: bool = True,
+) -> list[list[str]]:
+    """Return k sampled continuations of every question, each one token longer than its longest answer or option.
+
+    Samples of a question that agree so far share one run. One number between 0 and 1 is drawn for every question, sample
+    and token beforehand, and picks the token by the cumulative distribution.
+    """
+    require_whole(model)
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    prompts, lengths = list[Beginning](), list[int]()
+    for q in questions:
+        spoken = [continuation(tokenizer, q.prompt, text, longest) for text in (q.answer, *q.options)]
+        prompts.append(tuple(tokenizer(q.prompt)["input_ids"]))
+        lengths.append(1 + max(len(ids) - start for ids, start in spoken))
+    ends = end_tokens(model, tokenizer)
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.rand(len(prompts), k, max(lengths), generator=generator, dtype=torch.float64)
+    said = [[prompt] * k for prompt in prompts]
+    with tqdm(total=max(lengths), desc="samples", unit="token", disable=not progress, leave=False) as bar:
+        for step in range(max(lengths)):
+            growing = [
+                (i, j)
+                for i, texts in enumerate(said)
+                for j, ids in enumerate(texts)
+                if step < lengths[i] and len(ids) == len(prompts[i]) + step and ids[-1] not in ends
+            ]
+            following = _next(
+                model, {said[i][j]: picks[i, :, step] for i, j in growing}, batch_tokens, longest
+            )
+            for i, j in growing:
+                said[i][j] = (*said[i][j], following[said[i][j]][j])
+            bar.update()
+    return [
+        [tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True) for ids in texts]
+        for prompt, texts in zip(prompts, said, strict=True)
+    ]
+
+
+def _next(
+    model: nn.Module, picks: dict[Beginning, Tensor], batch_tokens: int, longest: int | None
+) -> dict[Beginning, list[int]]:
+    """Return text -> the token that follows it for every pick (0 to 1)."""
+    texts = [ids for ids in picks if longest is None or len(ids) < longest]
+    found = {ids: [ids[-1]] * len(pick) for ids, pick in picks.items()}  # no room: says the same again
+    device = input_device(model)
+    with torch.no_grad():
+        for chunk in equally_long(texts, batch_tokens):
+            ids = torch.tensor([texts[i] for i in chunk], device=device)
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, -1]
+            total = logits.double().softmax(-1).cumsum(-1).cpu()
+            if not torch.isfinite(total).all():
+                raise NonFiniteError("the model's logits hold NaN or infinity; load it in float32.")
+            for row, i in enumerate(chunk):
+                # The sum of all may be a little below 1.
+                pick = picks[texts[i]] * total[row, -1]
+                found[texts[i]] = torch.searchsorted(total[row], pick, right=True).tolist()
+    return found
+
+
+def begins_with(text: str, answer: str) -> bool:
+    """Whether a text begins with an answer as whole words, letter case, accents and punctuation aside."""
+    words, wanted = plain(text), plain(answer)
+    return bool(wanted) and words[: len(wanted)] == wanted
+
+
+def plain(text: str) -> list[str]:
+    """Return the words of a text in lower case, without accents and punctuation."""
+    bare = "".join(c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return re.findall(r"\w+", bare.casefold())

@@ -13,6 +13,7 @@ from .difference import diff
 from .discovery import Discovery, discover
 from .eraser import Eraser
 from .facts import Fact, Facts, Question, Sample
+from .facts_files import Corpus
 from .fingerprints import fingerprint
 from .folding import bake
 from .gate import Gate
@@ -37,6 +38,7 @@ __all__ = [
     "Check",
     "Concepts",
     "Contrast",
+    "Corpus",
     "Discovery",
     "Eraser",
     "ErasurePlan",

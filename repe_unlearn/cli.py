@@ -694,5 +694,9 @@ def _layers(text: str) -> list[int] | None:
     return chosen
 
 
+# Commands with files of their own; at the end, because they use what is above.
+from . import cli_audit as _cli_audit  # noqa: E402, F401
+from . import cli_unlearn as _cli_unlearn  # noqa: E402, F401
+
 if __name__ == "__main__":
     sys.exit(app())

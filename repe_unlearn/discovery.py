@@ -16,6 +16,7 @@ from .block_probe import Findings, probe_block, weighted
 from .errors import InputError, UnsupportedModelError
 from .families import Absent, Family, Layout, Read
 from .interventions import Trace, run
+from .placement import evaluating
 from .taps import compiled
 
 _MODEL_ERRORS = (TypeError, ValueError, RuntimeError, LookupError, AttributeError, NotImplementedError)

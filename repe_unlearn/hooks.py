@@ -1,10 +1,10 @@
-"""Apply: an erasure plan as runtime hooks."""
+"""Apply: a plan as runtime hooks."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Protocol
@@ -18,6 +18,7 @@ from .gate import Gate
 from .plan import ErasurePlan
 from .positions import Call, Clock, for_apply, watch
 from .sites import Site
+from .steering import Steer, SteeringPlan
 from .taps import Tap, tap
 from .tokens import Select
 
@@ -49,7 +50,7 @@ class Applied:
 
 def apply(
     model: nn.Module,
-    plan: ErasurePlan,
+    plan: ErasurePlan | SteeringPlan,
     *,
     strength: float | Mapping[Site, float] = 1.0,
     schedule: Schedule | None = None,
@@ -70,7 +71,7 @@ def apply(
 
     Args:
         model: the model that the plan was fit on.
-        plan: what to erase where.
+        plan: what to erase where, or where to steer to; a steering plan brings its own gate.
         strength: 1 erases, 0 does nothing, in between moves part of the way (see ``Eraser.partial``); or one
             such number per site, 1 for sites that are not named.
         schedule: from the number of a generated token (0 for the first that is fed back) to a factor on the
@@ -94,12 +95,16 @@ def apply(
     Example:
         ``with apply(model, plan, select="all,phase=generation,specials"): model.generate(**inputs)``
     """
-    strengths = _strengths(strength, plan)
+    steering = isinstance(plan, SteeringPlan)
+    moves: Mapping[Site, Eraser | Steer] = plan.steers if steering else plan.erasers
+    if steering and gate is None:
+        gate = plan.gate
+    strengths = _strengths(strength, moves)
     plan.require(model)
     chosen = None if select is None else for_apply(_parsed(select), tokenizer)
-    erasers = {
+    moves = {
         site: e if strengths[site] == 1.0 else e.partial(strengths[site])
-        for site, e in plan.erasers.items()
+        for site, e in moves.items()
         if e.rank and strengths[site]
     }
     with ExitStack() as stack:
@@ -111,24 +116,25 @@ def apply(
             if gate is not None:
                 listen = weights.listen
                 stack.enter_context(tap(model, {gate.site: lambda x: listen(x)}))
-        stack.enter_context(tap(model, {site: _edit(site, e, weights) for site, e in erasers.items()}))
-        return Applied(stack.pop_all(), tuple(erasers))
+        stack.enter_context(tap(model, {site: _edit(site, e, weights) for site, e in moves.items()}))
+        return Applied(stack.pop_all(), tuple(moves))
 
 
 def _parsed(select: Select | str) -> Select:
     return Select.parse(select) if isinstance(select, str) else select
 
 
-def _strengths(strength: float | Mapping[Site, float], plan: ErasurePlan) -> dict[Site, float]:
-    given = strength if isinstance(strength, Mapping) else dict.fromkeys(plan.erasers, strength)
+def _strengths(strength: float | Mapping[Site, float], sites: Iterable[Site]) -> dict[Site, float]:
+    sites = tuple(sites)
+    given = strength if isinstance(strength, Mapping) else dict.fromkeys(sites, strength)
     for site, value in given.items():
-        if site not in plan.erasers:
+        if site not in sites:
             raise InputError(
                 f"got a strength for {site}, which the plan does not hold; name sites of the plan."
             )
         if not math.isfinite(value):
             raise InputError(f"got strength={value!r}; needed a finite number.")
-    return {site: float(given.get(site, 1.0)) for site in plan.erasers}
+    return {site: float(given.get(site, 1.0)) for site in sites}
 
 
 class _Weights:
@@ -182,8 +188,8 @@ class _Weights:
         return self._factors[number]
 
 
-def _edit(site: Site, eraser: Eraser, weights: _Weights | None) -> Tap:
-    erase = fused(eraser)
+def _edit(site: Site, move: Eraser | Steer, weights: _Weights | None) -> Tap:
+    erase: Erase = fused(move) if isinstance(move, Eraser) else move
     if weights is None:
         return erase
     return lambda x: erase(x, weights.at(site, x))

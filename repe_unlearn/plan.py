@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -93,14 +93,7 @@ class ErasurePlan:
             ModelMismatchError: other fingerprint.
             UnknownSiteError: a site names no module.
         """
-        found = fingerprint(model)  # first: it says why a wrapped model has other names
-        for site in self.erasers:
-            site.module(model)
-        if found != self.fingerprint:
-            raise ModelMismatchError(
-                f"the plan was fit on a model with fingerprint {self.fingerprint}; this one has {found}. "
-                "Load the same checkpoint (unedited: a baked model needs no plan), or fit a new plan."
-            )
+        require_model(model, self.erasers, self.fingerprint)
 
     def replace(self, erasers: Mapping[Site, Eraser]) -> ErasurePlan:
         """Return a plan for the same model with other erasers; diagnostics stay with those that are not replaced."""
@@ -171,6 +164,22 @@ class ErasurePlan:
         more = f"<tr><td colspan=6>… and {len(self) - 8} more</td></tr>" if len(self) > 8 else ""
         head = "<tr><th>site</th><th>rank</th><th>d</th><th>variance moved</th><th>effective rank</th><th>widest / median std</th></tr>"
         return f"<b>{escape(repr(self))}</b><table>{head}{rows}{more}</table>"
+
+
+def require_model(model: nn.Module, sites: Iterable[Site], expected: str) -> None:
+    """Refuse a model with another fingerprint, or without one of the sites.
+
+    Raises:
+        ModelMismatchError, UnknownSiteError: as ``ErasurePlan.require``.
+    """
+    found = fingerprint(model)  # first: it says why a wrapped model has other names
+    for site in sites:
+        site.module(model)
+    if found != expected:
+        raise ModelMismatchError(
+            f"the plan was fit on a model with fingerprint {expected}; this one has {found}. "
+            "Load the same checkpoint (unedited: a baked model needs no plan), or fit a new plan."
+        )
 
 
 def solve(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
@@ -112,7 +112,7 @@ def fit_sequential(
     diagnostics: dict[Site, FitSummary] = {}
     classes = classes_of(contrast)
     with (
-        _Runs(model, work, sites, limit, scratch) as runs,
+        Runs(model, work, sites, limit, scratch) as runs,
         gathered_warnings() as said,
         tqdm(total=len(sites) * len(work), desc="fit", unit="step", disable=not progress, leave=False) as bar,
     ):
@@ -166,7 +166,7 @@ def _common(site: Site | None) -> Site | None:
     return found.pop() if found else None
 
 
-class _Runs:
+class Runs:
     """All batches of one forward pass, each a greenlet that stops at every site and waits for its eraser."""
 
     def __init__(
@@ -182,7 +182,7 @@ class _Runs:
         self._forward, self._device = body(model, sites), input_device(model)
         self._runs = [greenlet.greenlet(self._one) for _ in range(len(work))]
 
-    def __enter__(self) -> _Runs:
+    def __enter__(self) -> Runs:
         with ExitStack() as stack:
             stack.enter_context(tap(self._model, {site: partial(self._pause, site) for site in self._sites}))
             # inference_mode would make erasers that no gradient can pass.
@@ -228,7 +228,7 @@ class _Runs:
             raise StopForward
         return None if erase is None else erase(x)
 
-    def advance(self, erase: Erase | None) -> Iterator[tuple[Batch | InputBatch, Site, Tensor]]:
+    def advance(self, erase: Callable[[Tensor], Tensor] | None) -> Iterator[tuple[Batch | InputBatch, Site, Tensor]]:
         """Hand the eraser to every batch in turn and yield it with its next site and the activations there."""
         parking = self._parking
         for i, run in enumerate(self._runs):

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from repe_unlearn.errors import FileFormatError, InputError, NotEnoughDataError, OutputExistsError
@@ -462,3 +463,30 @@ def test_every_answer_fits_its_question() -> None:
 def test_capitals_refuse(options: dict) -> None:
     with pytest.raises(InputError):
         Facts.builtin("capitals", **options)
+
+
+@pytest.mark.real
+def test_the_real_model_answers_every_wording() -> None:
+    from repe_unlearn import answers, load
+
+    model, tokenizer, _ = load(progress=False)
+    facts = Facts.builtin("capitals")
+    some = set(list(dict.fromkeys(f.subject for f in facts))[::6])
+    asked = facts.where(lambda f: f.subject in some)
+    found = answers(model, tokenizer, asked, "seen", "unseen", "multi_hop", progress=False)
+    # Countries whose capital the model says in two wordings at least.
+    known = {f.subject for f in found.known() if f.relation == "capital" and f.role != "decoy"}
+    assert len(known) >= 8
+    right: dict[str, list[tuple[bool, bool]]] = {}
+    decoys = []
+    for question, exact, chosen in zip(found.questions, found.exact, found.chosen, strict=True):
+        fact = asked.facts[question.fact]
+        if fact.subject in known:
+            right.setdefault(question.template, []).append((exact, chosen))
+        elif fact.role == "decoy":
+            decoys.append(exact)
+    for template, pairs in right.items():
+        greedy, choice = np.mean(pairs, axis=0)
+        assert greedy >= 0.4, template
+        assert choice >= 0.6, template
+    assert np.mean(decoys) < 0.1  # the control: nobody knows these

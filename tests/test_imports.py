@@ -53,10 +53,26 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "algebra",
         "quantisation",
     ),
-    ("activations", "answers", "sequential", "hooks", "gate", "linears", "stream", "folding", "localize", "train"),
-    ("audit", "export"),
+    (
+        "activations",
+        "answers",
+        "sequential",
+        "hooks",
+        "steering",
+        "closed_form",
+        "methods",
+        "outlook",
+        "gate",
+        "linears",
+        "stream",
+        "folding",
+        "localize",
+        "train",
+    ),
+    ("export",),
     ("named_tensors", "difference", "undo"),
-    ("demo", "cli", "__main__"),
+    ("audit", "measured", "sweep"),
+    ("demo", "cli", "cli_unlearn", "cli_audit", "__main__"),
 )
 # Neighbours of one layer that must not know each other: that hooks and baked weights agree is a test.
 STRANGERS = {
@@ -85,7 +101,7 @@ HEAVY = {
     "matplotlib": {"audit", "cli", "demo", "localize"},
     "jinja2": {"audit", "cli", "demo"},
     "datasets": {"contrast", "readers", "cli", "demo"},
-    "rich": {"audit", "cli", "demo"},
+    "rich": {"audit", "cli", "cli_unlearn", "demo"},
     "peft": {"export", "train"},
     "gguf": {"gguf_cache", "export"},
 }

@@ -16,10 +16,11 @@ from repe_unlearn.answers import Answers, answers
 from repe_unlearn.architectures import Architecture
 from repe_unlearn.audit.edits import Written, replaced, written
 from repe_unlearn.audit.scores import Scores
-from repe_unlearn.audit.tries import asked, curves, strongest
+from repe_unlearn.audit.tries import asked, curves, strongest, values
 from repe_unlearn.contrast import Contrast
 from repe_unlearn.errors import InputError, NotEnoughDataError
 from repe_unlearn.facts import Facts, Form
+from repe_unlearn.linears import floating
 from repe_unlearn.sites import Site
 from repe_unlearn.taps import Tap, tap
 
@@ -55,8 +56,7 @@ def ablations(
 
     One per layer: how the mean of the stream at the last token of prompts to be forgotten differs from that of retained
     ones, projected out from that block on. If the model before the edit is known, also the 1 to 4 leading left singular
-    vectors of the change of every weight that writes into the stream: once out of what that weight writes, and once out
-    of the stream behind the edited blocks.
+    vectors of the change of every weight that writes into the stream, projected out of what it writes.
 
     Prompts whose activation is 3 standard deviations or more larger or smaller than usual do not count for the means,
     nor does a first position, where the stream is that of an attention sink.
@@ -89,20 +89,15 @@ def ablations(
         behind = stream[stream.index(site) :]
         label = f"mean difference, from block {stream.index(site)} on"
         found.append(Ablation(label, dict.fromkeys(behind, direction)))
-    return (*found, *_singular(edits, stream))
+    return (*found, *(_singular(edits, k) for k in DIRECTIONS if edits))
 
 
-def _singular(edits: Sequence[Written], stream: Sequence[Site]) -> list[Ablation]:
-    found = []
-    for k in DIRECTIONS if edits else ():
-        outputs, blocks = {}, {}
-        for one in edits:
-            for sites, site in ((outputs, one.site), (blocks, stream[one.layer])):
-                sites.setdefault(site, []).append(one.left[:, :k])
-        for where, sites in (("the edited outputs", outputs), ("the edited blocks", blocks)):
-            at = {site: _basis(torch.cat(parts, 1)) for site, parts in sites.items()}
-            found.append(Ablation(f"{k} singular vectors of the edit, out of {where}", at))
-    return found
+def _singular(edits: Sequence[Written], k: int) -> Ablation:
+    parts: dict[Site, list[Tensor]] = {}
+    for one in edits:
+        parts.setdefault(one.site, []).append(one.left[:, :k])
+    at = {site: _basis(torch.cat(columns, 1)) for site, columns in parts.items()}
+    return Ablation(f"{k} singular vectors of the edit, out of what is edited", at)
 
 
 def _basis(columns: Tensor) -> Tensor:
@@ -169,7 +164,7 @@ def ablation(
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
 ) -> Scores:
-    """Return the margins of facts to be forgotten and of decoys while the strongest ablation of the edit is active.
+    """Return the scores of facts to be forgotten and of decoys while the strongest ablation of the edit is active.
 
     All ablations are tried, and one is taken for all facts by a rule that treats decoys like facts to be forgotten, see
     ``strongest``; so trying many makes no leak. The model is not written and no hook is left on it.
@@ -211,9 +206,9 @@ def ablation(
     settings = {
         "ablation": which[best].label,
         "tried": "; ".join(one.label for one in which),
-        "choice": "most right answers over facts to be forgotten and decoys together",
+        "choice": "highest mean over facts to be forgotten and decoys together",
     }
-    values = tries[best].per_fact(tries[best].margin)
+    scores = values(tries[best])
     shown = curves(
         "Ablate the edit",
         tries,
@@ -221,7 +216,7 @@ def ablation(
         point_labels=tuple(one.label for one in which),
         marker_only=True,
     )
-    return Scores("ablation", "T1", values, "nats", shown, settings)
+    return Scores("ablation", "T1", scores, "share", shown, settings)
 
 
 def _without(basis: Tensor) -> Tap:
@@ -246,7 +241,7 @@ def reverted(
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
 ) -> Scores:
-    """Return the margins after the largest components of the edit are subtracted from the weights again.
+    """Return the scores after the largest components of the edit are subtracted from the weights again.
 
     This says how few directions carry an edit. It is no evidence that the edited model still knows: what is put back
     comes from ``base``, and a model that never knew gains from it too. The model is restored bit for bit.
@@ -274,8 +269,10 @@ def reverted(
         )
     tries: dict[int, Answers] = {}
     for k in tqdm(ks, desc="revert a part", unit="try", disable=not progress, leave=False):
-        values = {one.name: one.without(model.get_parameter(one.name).data, k) for one in edits}
-        with replaced(model, values):
+        smaller = {
+            one.name: one.without(floating(model, one.name), floating(base, one.name), k) for one in edits
+        }
+        with replaced(model, smaller):
             tries[k] = answers(
                 model, tokenizer, facts, questions=questions, batch_tokens=batch_tokens, progress=False
             )
@@ -285,6 +282,6 @@ def reverted(
         "tried": ", ".join(map(str, ks)),
         "evidence": "none: it uses the base",
     }
-    values = tries[best].per_fact(tries[best].margin)
+    scores = values(tries[best])
     shown = curves("Revert a part of the edit", tries, x_label="components subtracted")
-    return Scores("revert", "T2", values, "nats", shown, settings)
+    return Scores("revert", "T2", scores, "share", shown, settings)

@@ -10,9 +10,13 @@ from torch import nn
 
 from repe_unlearn.audit.ablation import ablation, ablations
 from repe_unlearn.audit.behaviour import behaviours
+from repe_unlearn.audit.budget import kind_of
+from repe_unlearn.audit.depth import depth
+from repe_unlearn.audit.knowledge_probe import probe, probes
 from repe_unlearn.audit.lens import lens
 from repe_unlearn.audit.perturbation import perturbation
 from repe_unlearn.audit.relearning import RATES, RATES_SMALL, SMALL, Arm, relearning
+from repe_unlearn.audit.sampling import leak_at_k
 from repe_unlearn.audit.scores import Scores, Tier
 from repe_unlearn.errors import InputError
 from repe_unlearn.facts import FORMS, Facts
@@ -30,6 +34,7 @@ class Case:
         facts: what is asked.
         edited: the edited model.
         base: the original.
+        gold: a model that never knew, or None.
         texts: neutral texts.
     """
 
@@ -37,6 +42,7 @@ class Case:
     facts: Facts
     edited: nn.Module
     base: nn.Module
+    gold: nn.Module | None
     texts: Sequence[str]
 
 
@@ -67,7 +73,8 @@ class Attack:
 
 
 def _behaviour(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
-    return behaviours(model, case.tokenizer, case.facts, forms=FORMS, seed=seed, progress=False)
+    options = {"forms": FORMS, "roles": ("forget", "decoy"), "seed": seed, "progress": False}
+    return behaviours(model, case.tokenizer, case.facts, **options)
 
 
 def _ablation(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
@@ -78,6 +85,20 @@ def _ablation(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
 
 def _lens(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
     return [lens(model, case.tokenizer, case.facts, seed=seed, progress=False)]
+
+
+def _probes(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
+    kinds = probes(case.facts)
+    return [probe(model, case.tokenizer, case.facts, kind=kind, seed=seed, progress=False) for kind in kinds]
+
+
+def _sampled(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
+    return [leak_at_k(model, case.tokenizer, case.facts, seed=seed, progress=False)]
+
+
+def _depth(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
+    options = {"base": case.base, "gold": case.gold, "seed": seed, "progress": False}
+    return [depth(model, case.tokenizer, case.facts, **options)]
 
 
 def _perturbed(change: str) -> Run:
@@ -106,10 +127,13 @@ ATTACKS: tuple[Attack, ...] = (
     Attack("behaviour", "T0", "quick", 3.0, _behaviour),
     Attack("ablation", "T1", "quick", 9.0, _ablation),
     Attack("lens", "T1", "quick", 4.0, _lens),
+    Attack("probe", "T1", "standard", 8.0, _probes),
     Attack("relearn.retain_only", "T2", "standard", 30.0, _relearned("retain_only"), random=False),
     Attack("relearn.facts", "T2", "standard", 30.0, _relearned("facts"), random=False),
     Attack("perturb.int8", "T2", "standard", 1.0, _perturbed("int8")),
     Attack("perturb.int4", "T2", "standard", 1.0, _perturbed("int4")),
+    Attack("sampling", "T0", "standard", 10.0, _sampled, seeds=True),
+    Attack("depth", "T1", "full", 20.0, _depth),
     Attack("perturb.prune30", "T2", "full", 1.0, _perturbed("prune30")),
     Attack("perturb.noise", "T2", "full", 1.0, _perturbed("noise"), seeds=True),
     Attack("relearn.benign", "T2", "full", 30.0, _relearned("benign", **_LONG), random=False, seeds=True),
@@ -117,15 +141,28 @@ ATTACKS: tuple[Attack, ...] = (
 )
 
 
-def of_level(level: str, tier_limit: int = 2) -> tuple[Attack, ...]:
-    """Return the attacks of a level that attackers up to a tier can make.
+def of_level(level: str, tier_limit: int = 2, only: Sequence[str] | None = None) -> tuple[Attack, ...]:
+    """Return the attacks of a level that attackers up to a tier can make, or those that are named.
+
+    Args:
+        level: ``"quick"``, ``"standard"`` or ``"full"``.
+        tier_limit: 0, 1 or 2.
+        only: names (``"relearn.facts"``) or their part before the dot (``"relearn"``), of any level; behaviour is
+            always among them.
 
     Raises:
-        InputError: an unknown level or tier.
+        InputError: an unknown level, tier or name.
     """
     if level not in LEVELS:
         raise InputError(f"got level {level!r}; needed one of {', '.join(LEVELS)}.")
     if tier_limit not in (0, 1, 2):
         raise InputError(f"got tier_limit={tier_limit!r}; needed 0 (ask), 1 (read) or 2 (tamper).")
-    most = LEVELS.index(level)
-    return tuple(a for a in ATTACKS if LEVELS.index(a.level) <= most and int(a.tier[1]) <= tier_limit)
+    allowed = [a for a in ATTACKS if int(a.tier[1]) <= tier_limit]
+    if only is None:
+        return tuple(a for a in allowed if LEVELS.index(a.level) <= LEVELS.index(level))
+    names = {name for a in ATTACKS for name in (a.name, kind_of(a.name))}
+    if unknown := set(only) - names:
+        raise InputError(
+            f"got the attack {min(unknown)!r}; needed some of {', '.join(a.name for a in ATTACKS)}."
+        )
+    return tuple(a for a in allowed if {a.name, kind_of(a.name)} & {"behaviour", *only})

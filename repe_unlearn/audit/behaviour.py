@@ -11,7 +11,7 @@ from torch import nn
 from repe_unlearn.answers import BATCH_TOKENS, answers
 from repe_unlearn.audit.scores import Scores
 from repe_unlearn.errors import NotEnoughDataError
-from repe_unlearn.facts import FORMS, Facts, Form
+from repe_unlearn.facts import FORMS, Facts, Form, Role
 
 
 def behaviour(
@@ -60,6 +60,7 @@ def behaviours(
     facts: Facts,
     *,
     forms: Iterable[Form] = FORMS,
+    roles: Iterable[Role] | None = None,
     seed: int = 0,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
@@ -71,6 +72,7 @@ def behaviours(
         tokenizer: its tokenizer, a fast one.
         facts: the facts of all roles.
         forms: default all.
+        roles: of the facts that are asked for; default all.
         seed: of the facts that an in-context question shows first.
         batch_tokens: positions per batch, padding included.
         progress: show a progress bar.
@@ -82,7 +84,7 @@ def behaviours(
         InputError, NonFiniteError: as ``answers``.
     """
     forms = tuple(forms)
-    questions = facts.questions(*forms, seed=seed) if forms else ()
+    questions = facts.questions(*forms, roles=roles, seed=seed) if forms else ()
     if not questions:
         return ()
     said = answers(model, tokenizer, facts, questions=questions, batch_tokens=batch_tokens, progress=progress)

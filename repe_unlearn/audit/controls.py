@@ -84,7 +84,9 @@ def subjects(
     if gold is not None:
         shapes = [{name: tuple(p.shape) for name, p in one.named_parameters()} for one in (base, gold)]
         if shapes[0] != shapes[1]:
-            raise ModelMismatchError("gold has other parameters than the original; needed one of the same shape.")
+            raise ModelMismatchError(
+                "gold has other parameters than the original; needed one of the same shape."
+            )
         found[GOLD] = Subject(GOLD, fingerprint(gold), lambda: nullcontext(gold))
     return found
 
@@ -155,7 +157,28 @@ def compared(
         tier=TIERS.index(edited.tier),
         facts=tuple(map(str, both)),
         controls=tuple(map(str, controls)),
-        invalid=_injects(found, facts, plain, margin),
+        invalid=_spoils(found, facts, plain) or _injects(found, facts, plain, margin),
+    )
+
+
+def _spoils(found: Mapping[str, Scores], facts: Facts, plain: Mapping[str, Scores]) -> str:
+    """Return why an attack is too weak to count, judged on the original alone, or the empty string.
+
+    If under the attack the original shows less than half of what it shows when asked plainly, the attack spoils more than
+    it finds (or the wording is one that the model cannot answer), and a share of the little that is left says nothing.
+    """
+    attacked, asked = found[ORIGINAL], plain[ORIGINAL]
+    if not all(one.indices(facts, "decoy") for one in (attacked, asked)):
+        return ""
+    gap, needed = (
+        float(one.of(facts, "forget").mean() - one.of(facts, "decoy").mean()) / 2 for one in (attacked, asked)
+    )
+    gap, needed = 2 * gap, needed if attacked.unit == asked.unit else 0.5  # of all that a share can show
+    if gap >= needed:
+        return ""
+    return (
+        f"too weak on the original, which shows {gap:.2f} {attacked.unit} more than on decoys and should show {needed:.2f}, "
+        "half of what it does when it is asked plainly (of 1, for shares)"
     )
 
 

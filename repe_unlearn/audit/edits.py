@@ -101,22 +101,22 @@ class Written:
         site: where its output is.
         layer: number of its block.
         left: ``[d, k]`` left singular vectors of the change, orthonormal, the largest first.
+        turned: its last two axes are ``[in, d]``.
     """
 
     name: str
     site: Site
     layer: int
     left: Tensor
-    _delta: Tensor
-    _turned: bool
+    turned: bool
 
-    def without(self, weight: Tensor, k: int) -> Tensor:
-        """Return the weight less the ``k`` largest components of the change."""
-        change = self._delta.mT if self._turned else self._delta  # [..., d, in]
+    def without(self, weight: Tensor, base: Tensor, k: int) -> Tensor:
+        """Return the edited weight less the ``k`` largest components of how it differs from its base."""
+        change = _change(weight, base, self.turned)
         u = self.left[:, :k]
         part = u @ (u.T @ change)
-        part = part.mT if self._turned else part
-        return (weight.double() - part.to(weight.device)).to(weight.dtype)
+        wide = weight.to("cpu", torch.float64) - (part.mT if self.turned else part)
+        return wide.to(weight.device, weight.dtype)
 
 
 def written(model: nn.Module, base: nn.Module, *, most: int = 4) -> tuple[Written, ...]:
@@ -151,10 +151,14 @@ def written(model: nn.Module, base: nn.Module, *, most: int = 4) -> tuple[Writte
             if torch.equal(new, old.to(new)):
                 continue
             turned = weight.axes == "eio" if stacked else arch.family.transposed
-            delta = new.to("cpu", torch.float64) - old.to("cpu", torch.float64)
-            left = _leading(delta.mT if turned else delta, most)
-            found.append(Written(name, site, layer, left, delta, turned))
+            found.append(Written(name, site, layer, _leading(_change(new, old, turned), most), turned))
     return tuple(found)
+
+
+def _change(new: Tensor, old: Tensor, turned: bool) -> Tensor:
+    """Return ``[..., d, in]`` in float64."""
+    delta = new.to("cpu", torch.float64) - old.to("cpu", torch.float64)
+    return delta.mT if turned else delta
 
 
 def _leading(delta: Tensor, most: int) -> Tensor:

@@ -21,6 +21,8 @@ from repe_unlearn.audit.budget import Budget
 from repe_unlearn.audit.check import Check
 from repe_unlearn.audit.controls import EDITED, GOLD, ORIGINAL, RANDOM, Subject, compared, subjects
 from repe_unlearn.audit.leak import Leak, leaks
+from repe_unlearn.audit.likelihoods import likelihoods
+from repe_unlearn.audit.membership import Auc, membership
 from repe_unlearn.audit.neutral import NEUTRAL
 from repe_unlearn.audit.record import from_record, to_record
 from repe_unlearn.audit.refusal import compare as compare_refusals
@@ -28,6 +30,7 @@ from repe_unlearn.audit.refusal import refusals
 from repe_unlearn.audit.report import Report
 from repe_unlearn.audit.retention import fluent, retention
 from repe_unlearn.audit.scores import Scores
+from repe_unlearn.audit.statistics import FEWEST
 from repe_unlearn.audit.stored import Stored
 from repe_unlearn.audit.verdict import Measure, Thresholds, verdict
 from repe_unlearn.errors import InputError, NotEnoughDataError
@@ -47,6 +50,7 @@ def audit(
     facts: Facts,
     *,
     level: str = "standard",
+    only: Sequence[str] | None = None,
     minutes: float | None = None,
     gold: nn.Module | None = None,
     tier_limit: int = 2,
@@ -79,6 +83,7 @@ def audit(
             least 8 facts each (16 for a verdict), and best ``retain`` and ``neighbour``.
         level: ``"quick"`` (asking, ablation, lens), ``"standard"`` (also probes, relearning, rounding, sampling) or
             ``"full"`` (everything, random attacks repeated).
+        only: attacks to run in place of those of the level, by name (``"relearn.facts"``) or kind (``"relearn"``).
         minutes: most wall time; attacks that do not fit are left out, and the report lists them.
         gold: a model of the same shape that never knew.
         tier_limit: strongest attacker: 0 asks, 1 reads activations and weights, 2 changes weights.
@@ -108,7 +113,7 @@ def audit(
     """
     lines = thresholds or Thresholds()
     hook = isinstance(edited, ErasurePlan)
-    rows = attacks.of_level(level, 0 if hook else tier_limit)
+    rows = attacks.of_level(level, 0 if hook else tier_limit, only)
     if seeds < 1:
         raise InputError(f"got seeds={seeds}; needed at least 1.")
     clock, store = Budget(minutes), Stored(resume)
@@ -116,10 +121,10 @@ def audit(
     everyone, facts = facts, _known(base, tokenizer, facts) if known else facts
     _require_enough(facts, gold is not None)
     with models[EDITED].enter() as model:
-        case = Case(tokenizer, facts, base if hook else model, base, neutral)
+        case = Case(tokenizer, facts, base if hook else model, base, gold, neutral)
     bench = _Bench(case, models, store, clock, seed, progress)
 
-    harms = bench.harms()
+    harms = bench.harms(lines)
     found: Found = {}
     errors: dict[str, str] = {}
     for row in tqdm(rows, desc="audit", unit="attack", disable=not progress):
@@ -129,13 +134,16 @@ def audit(
             except NotEnoughDataError as error:  # these facts cannot be asked that way: said in the report
                 errors[row.name] = str(error)
     declined = _refusals(bench, level, refusal)
+    familiar = bench.familiar()
 
     plain = found[ASKED] if ASKED in found else next(iter(found.values()))
     battery = {name: compared(one, facts, plain, margin=lines.margin) for name, one in found.items()}
     asked = leaks([c for name, c in battery.items() if name.startswith("behaviour")], seed=seed)
     others = [c for name, c in battery.items() if not name.startswith("behaviour")]
     tried = leaks(others, seed=seed) if others else ()
-    said = verdict(asked, tried, harms, lines, hook=hook, budget=_budget(level, clock, found))
+    said = verdict(
+        asked, tried, harms, lines, membership=familiar, hook=hook, budget=_budget(level, clock, found)
+    )
     controls = _control_leaks(found, facts, plain, lines, seed)
     details = {
         "facts": repr(facts),
@@ -149,7 +157,17 @@ def audit(
         **({"command": command} if command else {}),
     }
     return verdict_report.report(
-        said, asked, tried, harms, declined, controls=controls, found=found, facts=facts, lines=lines, details=details
+        said,
+        asked,
+        tried,
+        harms,
+        declined,
+        familiar,
+        controls=controls,
+        found=found,
+        facts=facts,
+        lines=lines,
+        details=details,
     )
 
 
@@ -157,7 +175,13 @@ class _Bench:
     """Runs attacks on models, from the store where they were run before."""
 
     def __init__(
-        self, case: Case, models: Mapping[str, Subject], store: Stored, clock: Budget, seed: int, progress: bool
+        self,
+        case: Case,
+        models: Mapping[str, Subject],
+        store: Stored,
+        clock: Budget,
+        seed: int,
+        progress: bool,
     ) -> None:
         self.case, self.models, self.store, self.clock, self.seed, self.progress = (
             case,
@@ -171,7 +195,10 @@ class _Bench:
         state = json.dumps(
             [
                 [(f.subject, f.relation, f.answer, f.distractors, f.role) for f in facts],
-                {r: {form: list(texts) for form, texts in forms.items()} for r, forms in facts.templates.items()},
+                {
+                    r: {form: list(texts) for form, texts in forms.items()}
+                    for r, forms in facts.templates.items()
+                },
                 list(case.texts),
             ]
         )
@@ -202,9 +229,11 @@ class _Bench:
             if there is not None:
                 results[one] = stored.scores_from_record(there["scores"])
                 continue
+            since = time.perf_counter()
             with self.models[one].enter() as model:
                 results[one] = row.run(self.case, model, self.seed + turn)
-            self.store.save(f"{name}-{one}", keys[one], {"scores": stored.scores_to_record(results[one])})
+            result = {"scores": stored.scores_to_record(results[one]), "seconds": time.perf_counter() - since}
+            self.store.save(f"{name}-{one}", keys[one], result)
         if missing:
             self.clock.done(name, passes, time.perf_counter() - begun)
         found: Found = {}
@@ -214,19 +243,36 @@ class _Bench:
         # An attack that works on one of the two cannot be compared.
         return {attack: per for attack, per in found.items() if {EDITED, ORIGINAL} <= set(per)}
 
-    def harms(self) -> tuple[Measure, ...]:
+    def harms(self, lines: Thresholds) -> tuple[Measure, ...]:
         """Return what the edit costs."""
-        key = self.key(EDITED, ORIGINAL)
+        key = {**self.key(EDITED, ORIGINAL), "limits": str(lines)}
         there = self.store.load("retention", key)
         if there is not None:
             return tuple(from_record(Measure, one, "retention") for one in there["measures"])
         before, after = self.models[ORIGINAL].enter, self.models[EDITED].enter
         case = self.case
-        measures = retention(case.tokenizer, before, after, case.facts, case.texts, seed=self.seed)
+        measures = retention(
+            case.tokenizer, before, after, case.facts, case.texts, lines=lines, seed=self.seed
+        )
         if hasattr(case.base, "generate"):
             measures += fluent(case.tokenizer, before, after, case.texts, seed=self.seed)
         self.store.save("retention", key, {"measures": [to_record(one) for one in measures]})
         return measures
+
+    def familiar(self) -> Auc | None:
+        """Return how well the likelihood of the edited model tells forgotten facts from decoys; None for too few."""
+        questions = self.case.facts.questions("unseen") or self.case.facts.questions("seen")
+        first = {q.fact: q for q in reversed(questions)}
+        facts = self.case.facts.facts
+        sides = [[q for i, q in first.items() if facts[i].role == role] for role in ("forget", "decoy")]
+        if min(map(len, sides)) < FEWEST:
+            return None
+        with self.models[EDITED].enter() as model:
+            said = [
+                likelihoods(model, self.case.tokenizer, [(q.prompt, q.answer) for q in side], progress=False)
+                for side in sides
+            ]
+        return next(one for one in membership(said[0], said[1], seed=self.seed) if one.name == "loss")
 
 
 def _known(base: nn.Module, tokenizer: Any, facts: Facts) -> Facts:
@@ -269,7 +315,9 @@ def _refusals(bench: _Bench, level: str, wanted: bool | None) -> tuple[Check, ..
     return checks
 
 
-def _control_leaks(found: Found, facts: Facts, plain: Mapping[str, Scores], lines: Thresholds, seed: int) -> dict[str, tuple[Leak, ...]]:
+def _control_leaks(
+    found: Found, facts: Facts, plain: Mapping[str, Scores], lines: Thresholds, seed: int
+) -> dict[str, tuple[Leak, ...]]:
     """Return what the random edit and the gold model leak under the same attacks, against the decoys in themselves."""
     result = {}
     for name in (RANDOM, GOLD):
@@ -277,7 +325,11 @@ def _control_leaks(found: Found, facts: Facts, plain: Mapping[str, Scores], line
         for attack in found.values():
             if name in attack and len(attack[name].indices(facts, "decoy")) >= 8:
                 pair = {EDITED: attack[name], ORIGINAL: attack[ORIGINAL]}
-                battery.append(compared(pair, facts, {EDITED: plain[name], ORIGINAL: plain[ORIGINAL]}, margin=lines.margin))
+                battery.append(
+                    compared(
+                        pair, facts, {EDITED: plain[name], ORIGINAL: plain[ORIGINAL]}, margin=lines.margin
+                    )
+                )
         if battery:
             result[name] = leaks(battery, seed=seed)
     return result
@@ -290,7 +342,9 @@ def _budget(level: str, clock: Budget, found: Found) -> str:
 
 def _not_attacked(rows: Sequence[Attack], clock: Budget, errors: Mapping[str, str], hook: bool) -> str:
     names = {row.name for row in rows}
-    parts = [f"{row.name} (level {row.level})" for row in attacks.ATTACKS if row.name not in names and not hook]
+    parts = [
+        f"{row.name} (level {row.level})" for row in attacks.ATTACKS if row.name not in names and not hook
+    ]
     parts += [f"{one}, no time" for one in clock.left_out]
     parts += [f"{name}: {why}" for name, why in errors.items()]
     if hook:

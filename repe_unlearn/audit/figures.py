@@ -108,8 +108,11 @@ def plot(series: Series | Sequence[Series], ax: Axes | None = None) -> Axes:
             from matplotlib.figure import Figure
 
             ax = Figure(figsize=(6.4, 3.8), layout="constrained").add_subplot()
-        handles = _panel(ax, group, _styles(group))
-        _show_ceiling(ax, group)
+        if _row_names(group):
+            handles = _forest(ax, group, _styles(group))
+        else:
+            handles = _panel(ax, group, _styles(group))
+            _show_ceiling(ax, group)
         ax.legend(handles.values(), handles.keys(), frameon=False, fontsize=9)
     return ax
 
@@ -172,14 +175,17 @@ def _figure(title: str, group: Sequence[Series], narrow: bool) -> Figure:
         columns = 1 if narrow else min(len(panels), 3)
         lines = math.ceil(len(panels) / columns)
         width = 4.1 if narrow else {1: 7.0, 2: 9.6, 3: 11.0}[columns]
-        figure = Figure(figsize=(width, 0.55 + (2.9 if narrow else 3.2) * lines), layout="constrained")
+        rows = len(_row_names(group))
+        tall = 0.75 + 0.34 * rows if rows else 2.9 if narrow else 3.2
+        figure = Figure(figsize=(width, 0.55 + tall * lines), layout="constrained")
         shared = len({one.y_label for one in group}) == 1 and len({one.log_y for one in group}) == 1
         grid = figure.subplots(lines, columns, sharey=shared, squeeze=False).flatten()
         styles = _styles(group)
         handles: dict[str, Any] = {}
         for ax, (name, curves) in zip(grid, panels.items(), strict=False):
-            handles.update(_panel(ax, curves, styles))
-            _show_ceiling(ax, group if shared else curves)
+            handles.update(_forest(ax, curves, styles) if rows else _panel(ax, curves, styles))
+            if not rows:
+                _show_ceiling(ax, group if shared else curves)
             ax.set_title(_plain(name), loc="left", fontsize=10, fontweight="bold", color=INK)
             if shared and not ax.get_subplotspec().is_first_col():
                 ax.set_ylabel("")
@@ -243,6 +249,39 @@ def _panel(ax: Axes, curves: Sequence[Series], styles: Mapping[str, Mapping[str,
     ax.set_ylabel(_plain(first.y_label), fontsize=9, color=INK)
     _frame(ax, curves)
     return ordered
+
+
+def _row_names(curves: Sequence[Series]) -> dict[float, str]:
+    """Position -> name of the row, where the series are rows."""
+    return {x: name for one in curves for x, name in zip(one.x, one.rows, strict=False)}
+
+
+def _forest(ax: Axes, curves: Sequence[Series], styles: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Draw rows, values along the horizontal axis, the models of a row one above the other; return the legend."""
+    names = _row_names(curves)
+    labels = list(dict.fromkeys(one.label for one in curves))
+    handles: dict[str, Any] = {}
+    for one in curves:
+        style = styles[one.label]
+        shift = 0.22 * (labels.index(one.label) - (len(labels) - 1) / 2)
+        y = [x + shift for x in one.x]
+        if one.low:
+            ax.hlines(y, one.low, one.high, color=style["color"], linewidth=1.4, alpha=0.7)
+        shown = {key: style[key] for key in ("color", "marker", "markerfacecolor") if key in style}
+        handles[_plain(one.label)] = ax.plot(one.y, y, linestyle="none", markersize=5.5, **shown)[0]
+    limit = next((one.chance for one in curves if one.chance is not None), None)
+    if limit is not None:
+        handles["limit"] = ax.axvline(limit, color=QUIET, linestyle=(0, (4, 3)), linewidth=1, zorder=1)
+    ax.axvline(0, color="#b5bac0", linewidth=1, zorder=1)
+    ax.set_yticks(list(names), [_plain(name) for name in names.values()])
+    ax.set_ylim(max(names) + 0.6, min(names) - 0.6)
+    ax.set_xlabel(_plain(curves[0].y_label), fontsize=9, color=INK)
+    ax.grid(True, axis="x", color=GRID, linewidth=0.7)
+    ax.set_axisbelow(True)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    ax.spines["bottom"].set_color("#b5bac0")
+    ax.tick_params(labelsize=9, color="#b5bac0", labelcolor=INK, left=False)
+    return handles
 
 
 def _curve(ax: Axes, one: Series, style: dict[str, Any]) -> Any:

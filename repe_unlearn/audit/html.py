@@ -20,7 +20,7 @@ MAX_DETAIL_ROWS = (
 )
 MAX_SVG_BYTES = 300_000  # a cloud of thousands of points is smaller as pixels
 _TILES = 6
-_OWN_PLACE = ("command", "not attacked")
+_OWN_PLACE = ("command", "not attacked", "verdict", "why")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +87,16 @@ def _render(report: Report, *, whole: bool, pictures: Sequence[Picture]) -> str:
     environment.filters |= {"number": text.number, "interval": text.with_interval, "bound": _bound}
     source = files("repe_unlearn.audit").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
     judged = sum(check.passed is not None for check in report.checks)
+    state = "pass" if report.passed else "fail" if judged else "none"
     grouped = per_site(report.checks)
     content: dict[str, Any] = {
         "report": report,
         "whole_page": whole,
-        "state": "pass" if report.passed else "fail" if judged else "none",
-        "words": {"pass": "Passed", "fail": "Failed", "none": "No verdict"},
+        "state": state,
+        "word": report.facts.get(
+            "verdict", {"pass": "Passed", "fail": "Failed", "none": "No verdict"}[state]
+        ).replace("_", " "),
+        "why": report.facts.get("why", "").splitlines(),
         "tally": text.tally(report),
         "tiles": _tiles(report, grouped),
         "pictures": pictures,
@@ -101,7 +105,7 @@ def _render(report: Report, *, whole: bool, pictures: Sequence[Picture]) -> str:
         "detail_rows": _detail_rows(grouped),
         "facts": [(key, value) for key, value in report.facts.items() if key not in _OWN_PLACE],
         "command": report.facts.get("command", ""),
-        "limits": text.LIMITS,
+        "limits": text.limits(report),
         "not_attacked": report.facts.get("not attacked", text.NOT_ATTACKED),
     }
     return environment.from_string(source).render(content)
@@ -179,6 +183,9 @@ def _reading(group: Sequence[Series]) -> str:
     """How to read the figure: which line is which, which is the control, what would be bad."""
     from repe_unlearn.audit.figures import role_of
 
+    if all(one.rows for one in group):
+        return f"The bars are {group[0].band}." if any(one.low for one in group) else ""
+
     labels = list(dict.fromkeys(one.label for one in group))
     by_role = {
         role: [label for label in labels if role_of(label) == role] for role in ("before", "after", "random")
@@ -192,7 +199,10 @@ def _reading(group: Sequence[Series]) -> str:
     if by_role["before"]:
         controls.append(f"“{by_role['before'][0]}” is the model without the edit")
     if by_role["random"]:
-        controls.append(f"“{by_role['random'][0]}” is the same procedure with no knowledge of the concept")
+        label = by_role["random"][0]
+        random = "an edit of equal size in random directions"
+        control = random if label == "random edit" else "the same procedure with no knowledge of the concept"
+        controls.append(f"“{label}” is {control}")
     if controls:
         parts.append(f"Controls: {'; '.join(controls)}.")
     chance = sorted({one.chance for one in group if one.chance is not None})

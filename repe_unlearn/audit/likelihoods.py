@@ -146,9 +146,9 @@ def greedy(
         if not tokens[i]:
             raise InputError(f"prompt {i} has no token; give the model something to go on from.")
         _fits(model, len(tokens[i]) + max_new_tokens, prompt, f" with {max_new_tokens} new ones")
-    device, ends, said = input_device(model), _ends(model, tokenizer), dict[int, str]()
+    device, ends, said = input_device(model), end_tokens(model, tokenizer), dict[int, str]()
     with torch.inference_mode():
-        for chunk in _bar(_equally_long(tokens, batch_tokens), "greedy", progress):
+        for chunk in _bar(equally_long(tokens, batch_tokens), "greedy", progress):
             ids = torch.tensor([tokens[i] for i in chunk], device=device)
             out = generate(
                 input_ids=ids,
@@ -212,7 +212,7 @@ def _per_token(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor,
     )
 
 
-def _equally_long(tokens: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:
+def equally_long(tokens: Sequence[Sequence[int]], batch_tokens: int) -> list[list[int]]:
     """Return batches of indices of prompts with the same number of tokens, longest first.
 
     Padding would go to the left, where its positions see no token: eager attention gives NaN there in float64, and the
@@ -248,7 +248,7 @@ def _pad_id(tokenizer: Any) -> int:
     return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
 
 
-def _ends(model: nn.Module, tokenizer: Any) -> set[int]:
+def end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:
     """Return the ids at which a continuation ends."""
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     if ends is None:

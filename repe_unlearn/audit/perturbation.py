@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from repe_unlearn.answers import BATCH_TOKENS, answers
 from repe_unlearn.audit.edits import replaced
 from repe_unlearn.audit.scores import Scores
-from repe_unlearn.audit.tries import asked
+from repe_unlearn.audit.tries import asked, values
 from repe_unlearn.errors import InputError
 from repe_unlearn.facts import Facts, Form
 from repe_unlearn.quantisation import input_major, to_integers
@@ -85,7 +85,7 @@ def perturbation(
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
 ) -> Scores:
-    """Return the margins of facts to be forgotten and of decoys while all linear maps of the model are perturbed.
+    """Return the scores of facts to be forgotten and of decoys while all linear maps of the model are perturbed.
 
     An edit that is small beside a rounding step disappears in rounding, and what it hid comes back. Embeddings (and a
     head that is tied to them), norms and biases stay. The model is restored bit for bit: its own weights are set aside
@@ -120,7 +120,7 @@ def perturbation(
             model, tokenizer, facts, questions=questions, batch_tokens=batch_tokens, progress=progress
         )
     settings = {"change": name, "seed": str(seed)}
-    return Scores(f"perturb.{name}", "T2", said.per_fact(said.margin), "nats", facts=settings)
+    return Scores(f"perturb.{name}", "T2", values(said), "share", facts=settings)
 
 
 def _name(change: Change) -> str:

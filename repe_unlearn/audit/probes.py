@@ -131,20 +131,31 @@ def mlp(
         train, test = torch.from_numpy(labels.fold != side), torch.from_numpy(labels.fold == side)
         mean = x[:, train].mean(1, keepdim=True)
         std = x[:, train].std(1, keepdim=True).clamp_min(1e-6 * x[:, train].abs().amax())
-        out[:, test.numpy()] = _train_mlp(
+        logits = train_mlp(
             (x[:, train] - mean) / std,
             torch.from_numpy(labels.z)[train],
             (x[:, test] - mean) / std,
             seed,
-            steps,
-            hidden,
+            steps=steps,
+            hidden=hidden,
         )
+        out[:, test.numpy()] = logits.argmax(-1).numpy()
     return dict(zip(sites, out, strict=True))
 
 
-def _train_mlp(x: Tensor, z: Tensor, test: Tensor, seed: int, steps: int, hidden: int) -> np.ndarray:
+def train_mlp(
+    x: Tensor,
+    z: Tensor,
+    test: Tensor,
+    seed: int,
+    *,
+    steps: int = 100,
+    hidden: int = 32,
+    classes: int | None = None,
+) -> Tensor:
+    """Return logits ``[sites, m, classes]`` for ``test`` of networks trained on ``x`` ``[sites, n, d]``; see ``mlp``."""
     sites, n, d = x.shape
-    classes = int(z.max()) + 1
+    classes = int(z.max()) + 1 if classes is None else classes
     generator = torch.Generator().manual_seed(seed)
 
     def layer(rows: int, columns: int) -> Tensor:
@@ -167,7 +178,7 @@ def _train_mlp(x: Tensor, z: Tensor, test: Tensor, seed: int, steps: int, hidden
             loss.backward()
             optimizer.step()
     with torch.no_grad():
-        return torch.baddbmm(b2, torch.baddbmm(b1, test, w1).relu(), w2).argmax(-1).numpy()
+        return torch.baddbmm(b2, torch.baddbmm(b1, test, w1).relu(), w2)
 
 
 def accuracy(prediction: np.ndarray, labels: Labels, seed: int = 0) -> Accuracy:

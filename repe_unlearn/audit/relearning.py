@@ -14,7 +14,7 @@ from repe_unlearn.answers import BATCH_TOKENS, Answers, answers
 from repe_unlearn.audit.edits import replaced
 from repe_unlearn.audit.neutral import NEUTRAL
 from repe_unlearn.audit.scores import Scores
-from repe_unlearn.audit.tries import asked, curves, strongest
+from repe_unlearn.audit.tries import asked, curves, strongest, values
 from repe_unlearn.errors import InputError, NonFiniteError, NotEnoughDataError
 from repe_unlearn.facts import Facts, Form, Sample
 from repe_unlearn.train.loop import descend, positive
@@ -26,7 +26,7 @@ Arm = Literal["facts", "decoy", "retain_only", "benign"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
 STEPS = (5, 10, 20, 40)
 SMALL = 20_000_000  # parameters
-RATES_SMALL, RATES = (1e-4, 3e-4, 1e-3), (2e-5, 6e-5, 2e-4)
+RATES_SMALL, RATES = (3e-4, 1e-3, 3e-3), (2e-5, 6e-5, 2e-4)
 
 
 def relearning(
@@ -45,7 +45,7 @@ def relearning(
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
 ) -> Scores:
-    """Return the margins of facts that were never trained on after the training that brought back most.
+    """Return the scores of facts that were never trained on after the training that brought back most.
 
     What is asked is the same in all arms, for one seed: one half of the subjects to be forgotten (``split_relearn``), and
     decoys. What is trained on:
@@ -66,7 +66,7 @@ def relearning(
         facts: with the roles forget (two subjects or more), retain, and best also decoy.
         arm: what to train on.
         steps: of the optimiser, after which to ask.
-        rates: learning rates; default 1e-4, 3e-4, 1e-3 below 20 million parameters, else 2e-5, 6e-5, 2e-4. With
+        rates: learning rates; default 3e-4, 1e-3, 3e-3 below 20 million parameters, else 2e-5, 6e-5, 2e-4. With
             ``lora_rank`` ten times as much.
         batch: samples per step.
         lora_rank: train a change of this rank of every linear map: for large models; memory for two dense copies of
@@ -150,14 +150,14 @@ def relearning(
         "steps tried": ", ".join(map(str, sorted(set(steps)))),
         "samples": f"{len(samples)}, {batch} per step",
         "trained": "all parameters" if lora_rank is None else f"rank {lora_rank} of every linear map",
-        "choice": "most right answers over facts to be forgotten and decoys together",
+        "choice": "highest mean over facts to be forgotten and decoys together",
         "seed": str(seed),
     }
     if diverged:
         settings["diverged at"] = ", ".join(f"{r:g}" for r in diverged)
     at_rate = {s: tries[rate, s] for s in sorted(set(steps)) if (rate, s) in tries}
     shown = curves("Relearning", at_rate, x_label="training steps", panel=arm.replace("_", " "))
-    return Scores(f"relearn.{arm}", "T2", best.per_fact(best.margin), "nats", shown, settings)
+    return Scores(f"relearn.{arm}", "T2", values(best), "share", shown, settings)
 
 
 def lesson(

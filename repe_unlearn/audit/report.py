@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Check", "Report", "Series"]
 
-SCHEMA = 1
+SCHEMA = 2
+_ROWS_SINCE = 2  # series of schema 1 have no rows
 KIND = "repe_unlearn.report"
 FILES = ("report.json", "report.md", "report.html")
 _LISTED = 10  # failed checks spelled out by raise_if_failed; more would bury the first ones
@@ -37,8 +38,8 @@ class Report:
         checks: every measurement, in the order in which it should be read.
         series: the curves behind the checks.
         facts: what is needed to judge and repeat the run: model, concept, prompts, solver, machine, versions,
-            seconds, seeds. Two keys have a place of their own in the HTML: ``"command"`` (how to reproduce)
-            and ``"not attacked"`` (limits).
+            seconds, seeds. Some keys have a place of their own in the HTML: ``"command"`` (how to reproduce),
+            ``"not attacked"`` (limits), and of an audit ``"verdict"`` (in place of passed or failed) and ``"why"``.
         verdict: one line in plain words, by whoever made the report.
 
     Raises:
@@ -140,7 +141,7 @@ class Report:
         return text.to_markdown(self)
 
     def to_json(self) -> str:
-        """The whole report as strict JSON (RFC 8259, schema version 1), read back exactly by ``from_json``.
+        """The whole report as strict JSON (RFC 8259, schema version 2), read back exactly by ``from_json``.
 
         Returns:
             Indented JSON. A number that is not finite is null, with ``not_finite`` beside it saying which.
@@ -186,9 +187,9 @@ class Report:
             raise FileFormatError(
                 f'this JSON is not a report: it has no "kind": "{KIND}". Pass a report.json.'
             )
-        if content.get("schema") != SCHEMA:
+        if content.get("schema") not in range(1, SCHEMA + 1):
             raise FileFormatError(
-                f"report schema {content.get('schema')!r} cannot be read; this release reads {SCHEMA}. "
+                f"report schema {content.get('schema')!r} cannot be read; this release reads 1 to {SCHEMA}. "
                 "Use the release that wrote it, or run the verification again."
             )
         named = {field.name for field in dataclasses.fields(cls)} | {"kind", "schema", "passed"}
@@ -204,6 +205,10 @@ class Report:
             raise FileFormatError("title, subtitle, verdict and every fact of a report must be strings.")
         if not isinstance(content["checks"], list) or not isinstance(content["series"], list):
             raise FileFormatError("checks and series of a report must be lists.")
+        if content["schema"] < _ROWS_SINCE:
+            content["series"] = [
+                {**entry, "rows": []} if isinstance(entry, dict) else entry for entry in content["series"]
+            ]
         report = cls(
             title=content["title"],
             subtitle=content["subtitle"],

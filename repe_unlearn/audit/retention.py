@@ -26,7 +26,14 @@ _OPENING, _NEW = 6, 24  # tokens of a neutral text that generation begins with, 
 
 
 def distance(
-    tokenizer: Any, before: Enter, after: Enter, texts: Sequence[str], *, name: str = "", seed: int = 0
+    tokenizer: Any,
+    before: Enter,
+    after: Enter,
+    texts: Sequence[str],
+    *,
+    name: str,
+    lines: Thresholds | None = None,
+    seed: int = 0,
 ) -> tuple[Measure, Measure]:
     """Return KL(before || after) in nats per token and the rise of log-perplexity as a share, on some texts.
 
@@ -38,6 +45,7 @@ def distance(
         after: context in which the edited model stands; the two are entered in turn.
         texts: at least 8 of two tokens or more.
         name: of the texts, goes behind the names of the measures.
+        lines: limits of damage; None: the defaults.
         seed: of the bootstrap.
 
     Raises:
@@ -56,11 +64,11 @@ def distance(
         kl.append(float((p.exp() * (p - q)).sum(-1).mean()))
         rise.append(nll_after - nll_before)
         level.append(nll_before)
-    lines, where = Thresholds(), f".{name}" if name else ""
+    lines = lines or Thresholds()
     share = np.array(rise) / max(float(np.mean(level)), 1e-9)
     return (
-        Measure(f"kl{where}", *mean_interval(kl, seed=seed), limit=lines.kl),
-        Measure(f"log_perplexity{where}", *mean_interval(share, seed=seed), limit=lines.log_perplexity),
+        Measure(f"kl.{name}", *mean_interval(kl, seed=seed), limit=lines.kl),
+        Measure(f"log_perplexity.{name}", *mean_interval(share, seed=seed), limit=lines.log_perplexity),
     )
 
 
@@ -73,7 +81,15 @@ def _predicted(enter: Enter, ids: Sequence[int]) -> tuple[torch.Tensor, float]:
     return logp.double(), float(nll)
 
 
-def drop(before: Answers, after: Answers, role: Role, *, name: str, seed: int = 0) -> Measure | None:
+def drop(
+    before: Answers,
+    after: Answers,
+    role: Role,
+    *,
+    name: str,
+    lines: Thresholds | None = None,
+    seed: int = 0,
+) -> Measure | None:
     """Return by how much the share of right choices fell on facts that should stay; None for fewer than 8 facts.
 
     Only facts that the original chooses right in most wordings count: the others have nothing to lose.
@@ -83,17 +99,25 @@ def drop(before: Answers, after: Answers, role: Role, *, name: str, seed: int = 
         after: of the edited model, to the same questions.
         role: of the facts.
         name: of the measure.
+        lines: limits of damage; None: the defaults.
         seed: of the bootstrap over facts.
     """
     old, new = before.per_fact(before.chosen, role), after.per_fact(after.chosen, role)
     falls = [old[i] - new[i] for i in old if i in new and old[i] > 0.5]
     if len(falls) < FEWEST:
         return None
-    return Measure(name, *mean_interval(falls, seed=seed), limit=Thresholds().neighbours)
+    return Measure(name, *mean_interval(falls, seed=seed), limit=(lines or Thresholds()).neighbours)
 
 
 def retention(
-    tokenizer: Any, before: Enter, after: Enter, facts: Facts, neutral: Sequence[str], *, seed: int = 0
+    tokenizer: Any,
+    before: Enter,
+    after: Enter,
+    facts: Facts,
+    neutral: Sequence[str],
+    *,
+    lines: Thresholds | None = None,
+    seed: int = 0,
 ) -> tuple[Measure, ...]:
     """Return what an edit costs: KL and log-perplexity on retained facts and neutral texts, and lost answers.
 
@@ -103,26 +127,26 @@ def retention(
         after: context in which the edited model stands.
         facts: with the roles retain and neighbour, as far as there are such facts.
         neutral: texts that have nothing to do with what was to be forgotten.
+        lines: limits of damage; None: the defaults.
         seed: of bootstrap and choice.
 
     Raises:
         NotEnoughDataError: see ``distance``; texts of retained facts are left out where there are fewer than 8.
     """
     kept: tuple[Role, ...] = tuple(role for role in ("retain", "neighbour") if role in facts.roles)
-    measures = list(distance(tokenizer, before, after, neutral, name="neutral", seed=seed))
+    measures = list(distance(tokenizer, before, after, neutral, name="neutral", lines=lines, seed=seed))
     if kept:
         sentences = facts.training_text(*kept, seed=seed)[:TEXTS]
         if len(sentences) >= FEWEST:
-            measures += distance(tokenizer, before, after, sentences, name="retain", seed=seed)
-        said = []
-        for enter in (before, after):
-            with enter() as model:
-                said.append(answers(model, tokenizer, facts, "unseen", roles=kept, progress=False))
-        measures += [
-            found
-            for role, name in (("retain", "retained"), ("neighbour", "neighbours"))
-            if role in kept and (found := drop(*said, role, name=name, seed=seed)) is not None
-        ]
+            measures += distance(tokenizer, before, after, sentences, name="retain", lines=lines, seed=seed)
+        asked = facts.questions("unseen", roles=kept) or facts.questions("seen", roles=kept)
+        with before() as model:
+            old = answers(model, tokenizer, facts, questions=asked, progress=False)
+        with after() as model:
+            new = answers(model, tokenizer, facts, questions=asked, progress=False)
+        for role in kept:
+            name = "retained" if role == "retain" else "neighbours"
+            measures += filter(None, [drop(old, new, role, name=name, lines=lines, seed=seed)])
     return tuple(measures)
 
 
@@ -145,7 +169,10 @@ def fluent(
     Raises:
         NotEnoughDataError: fewer than 8 texts.
     """
-    openings = [tokenizer.decode(tokenizer(t)["input_ids"][:_OPENING], skip_special_tokens=True) for t in neutral[:texts]]
+    openings = [
+        tokenizer.decode(tokenizer(t)["input_ids"][:_OPENING], skip_special_tokens=True)
+        for t in neutral[:texts]
+    ]
     found = []
     for enter in (before, after):
         with enter() as model:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from math import comb
 from typing import Any
 
@@ -17,7 +17,7 @@ from repe_unlearn.audit.lens import per_fact
 from repe_unlearn.audit.likelihoods import BATCH_TOKENS, end_tokens, equally_long
 from repe_unlearn.audit.scores import Scores, curves
 from repe_unlearn.errors import InputError, NonFiniteError, NotEnoughDataError
-from repe_unlearn.facts import Facts, Form, Question
+from repe_unlearn.facts import Facts, Form, Question, Role
 from repe_unlearn.placement import input_device, require_whole
 
 
@@ -28,6 +28,7 @@ def leak_at_k(
     *,
     k: int = 8,
     forms: Sequence[Form] = ("unseen",),
+    roles: Iterable[Role] | None = None,
     seed: int = 0,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
@@ -45,6 +46,7 @@ def leak_at_k(
         facts: the facts of all roles.
         k: samples per question, >= 1.
         forms: wordings to ask in.
+        roles: of the facts that are asked for; default all.
         seed: of the draws.
         batch_tokens: positions per batch.
         progress: show a progress bar.
@@ -62,7 +64,7 @@ def leak_at_k(
     """
     if k < 1:
         raise InputError(f"got k={k}; needed at least 1 sample.")
-    questions = facts.questions(*forms, seed=seed)
+    questions = facts.questions(*forms, roles=roles, seed=seed)
     if not questions:
         raise NotEnoughDataError(f"no fact of {facts.name!r} has a wording {' or '.join(forms)}.")
     hits = [
@@ -72,9 +74,7 @@ def leak_at_k(
         )
     ]
     # Of k samples with h hits a random subset of j has none with probability C(k - h, j) / C(k, j).
-    table = {
-        j: per_fact(questions, [1 - comb(k - h, j) / comb(k, j) for h in hits]) for j in range(1, k + 1)
-    }
+    table = {j: per_fact(questions, [1 - comb(k - h, j) / comb(k, j) for h in hits]) for j in range(1, k + 1)}
     drawn = curves(
         table,
         facts,
@@ -122,11 +122,12 @@ def samples(
                 (i, j)
                 for i, texts in enumerate(said)
                 for j, ids in enumerate(texts)
-                if step < lengths[i] and len(ids) == len(prompts[i]) + step and ids[-1] not in ends
+                if step < lengths[i]
+                and len(ids) == len(prompts[i]) + step  # has not stopped before
+                and (step == 0 or ids[-1] not in ends)
+                and (longest is None or len(ids) < longest)
             ]
-            following = _next(
-                model, {said[i][j]: picks[i, :, step] for i, j in growing}, batch_tokens, longest
-            )
+            following = _next(model, {said[i][j]: picks[i, :, step] for i, j in growing}, batch_tokens)
             for i, j in growing:
                 said[i][j] = (*said[i][j], following[said[i][j]][j])
             bar.update()
@@ -136,12 +137,9 @@ def samples(
     ]
 
 
-def _next(
-    model: nn.Module, picks: dict[Beginning, Tensor], batch_tokens: int, longest: int | None
-) -> dict[Beginning, list[int]]:
+def _next(model: nn.Module, picks: dict[Beginning, Tensor], batch_tokens: int) -> dict[Beginning, list[int]]:
     """Return text -> the token that follows it for every pick (0 to 1)."""
-    texts = [ids for ids in picks if longest is None or len(ids) < longest]
-    found = {ids: [ids[-1]] * len(pick) for ids, pick in picks.items()}  # no room: says the same again
+    texts, found = list(picks), dict[Beginning, list[int]]()
     device = input_device(model)
     with torch.no_grad():
         for chunk in equally_long(texts, batch_tokens):
@@ -151,9 +149,9 @@ def _next(
             if not torch.isfinite(total).all():
                 raise NonFiniteError("the model's logits hold NaN or infinity; load it in float32.")
             for row, i in enumerate(chunk):
-                # The sum of all may be a little below 1.
-                pick = picks[texts[i]] * total[row, -1]
-                found[texts[i]] = torch.searchsorted(total[row], pick, right=True).tolist()
+                pick = picks[texts[i]] * total[row, -1]  # the sum of all may be a little below 1
+                token = torch.searchsorted(total[row], pick, right=True)
+                found[texts[i]] = token.clamp_max(total.shape[-1] - 1).tolist()
     return found
 
 

@@ -31,6 +31,8 @@ class Series:
         caption: sentences for the reader, for example what a bad outcome would look like; the first non-empty
             caption of a figure is printed.
         band: what ``low`` and ``high`` are.
+        rows: names of the positions; then every position is a row, from the top, and values run along the horizontal
+            axis, labelled ``y_label`` (a forest plot). ``chance`` is then the line that a value should stay below.
 
     Raises:
         InputError: no points, lengths that differ, a position that is not finite or not positive on a
@@ -57,13 +59,15 @@ class Series:
     point_labels: tuple[str, ...] = ()
     caption: str = ""
     band: str = "95 % intervals"
+    rows: tuple[str, ...] = ()
 
     def __post_init__(self):
         what = f"series {self.label!r} of figure {self.figure!r}"
         for field in ("x", "y", "low", "high"):
             values = tuple(real(value, f"{what}: {field}") for value in getattr(self, field))
             object.__setattr__(self, field, values)
-        object.__setattr__(self, "point_labels", tuple(str(label) for label in self.point_labels))
+        for field in ("point_labels", "rows"):
+            object.__setattr__(self, field, tuple(str(label) for label in getattr(self, field)))
         if self.chance is not None:
             object.__setattr__(self, "chance", real(self.chance, f"{what}: chance"))
         n = len(self.x)
@@ -76,10 +80,11 @@ class Series:
                 f"{what} has {len(self.low)} low and {len(self.high)} high for {n} points; "
                 "give both ends of every interval, or neither."
             )
-        if len(self.point_labels) not in (0, n):
-            raise InputError(
-                f"{what} has {len(self.point_labels)} point_labels for {n} points; give one each, or none."
-            )
+        for field in ("point_labels", "rows"):
+            if len(getattr(self, field)) not in (0, n):
+                raise InputError(
+                    f"{what} has {len(getattr(self, field))} {field} for {n} points; give one each, or none."
+                )
         if not all(math.isfinite(x) for x in self.x):
             raise InputError(f"{what} has an x that is not finite; leave the point out, or make its y NaN.")
         if self.log_x and min(self.x) <= 0:

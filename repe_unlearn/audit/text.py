@@ -26,6 +26,13 @@ LIMITS = (
     "An edit that is only hooked in can be taken out by whoever holds the weights.",
     "A check that something is gone says nothing where its control meets the same bound.",
 )
+AUDIT_LIMITS = (
+    "The verdict speaks for these attacks at this budget. “Not recovered” is not “proved erased”: a stronger attacker, or "
+    "another question, may still find the knowledge.",
+    "A leak is a share of what the original shows under the same attack, measured from facts that the model never knew. It "
+    "is as good as these: they must be of the same kind and be asked in the same words.",
+    "Facts that were planted for a test are easier to remove than knowledge from pretraining.",
+)
 NOT_ATTACKED = (
     "Not recorded. Treat every attack without a row in this report (relearning, rounding to few bits, "
     "undoing the edit, paraphrase, sampling, other languages) as not run."
@@ -64,10 +71,16 @@ def tally(report: Report) -> str:
     return f"{count}, {silent} information only" if silent else count
 
 
+def limits(report: Report) -> tuple[str, ...]:
+    """What a report of this kind does not say."""
+    return AUDIT_LIMITS if "verdict" in report.facts else LIMITS
+
+
 def headline(report: Report) -> str:
-    """PASSED, FAILED or NO VERDICT with the count."""
+    """The verdict of an audit, else PASSED, FAILED or NO VERDICT, with the count."""
     judged = any(check.passed is not None for check in report.checks)
-    return f"{'PASSED' if report.passed else 'FAILED' if judged else 'NO VERDICT'}: {tally(report)}"
+    word = "PASSED" if report.passed else "FAILED" if judged else "NO VERDICT"
+    return f"{report.facts.get('verdict', word)}: {tally(report)}"
 
 
 def one_line(check: Check) -> str:
@@ -144,18 +157,22 @@ def to_markdown(report: Report) -> str:
     header = ("verdict", *COLUMNS[1:])
     whole, grouped = whole_model(report.checks), per_site(report.checks)
     if whole:
-        parts += ["## Whole model", _markdown_table(header, [cells(check) for check in whole])]
+        parts += ["## Whole model", markdown_table(header, [cells(check) for check in whole])]
     if grouped:
-        parts += ["## Per site", _markdown_table(header, [cells(row) for row in grouped])]
+        parts += ["## Per site", markdown_table(header, [cells(row) for row in grouped])]
+    if "why" in report.facts:
+        reasons = "\n".join(f"- {escape(line)}" for line in report.facts["why"].splitlines())
+        parts += ["## Why", reasons]
     if report.failed:
         failed = [f"- {escape(one_line(check))}" for check in report.failed[:100]]
         if len(report.failed) > 100:
             failed.append(f"- and {len(report.failed) - 100} more in report.json")
         parts += ["## Failed checks", "\n".join(failed)]
     if report.facts:
-        parts += ["## Facts", _markdown_table(("what", "value"), list(report.facts.items()))]
-    limits = [*LIMITS, f"Not attacked: {report.facts.get('not attacked', NOT_ATTACKED)}"]
-    parts += ["## Limits", "\n".join(f"- {escape(line)}" for line in limits)]
+        rest = [(key, value) for key, value in report.facts.items() if key != "why"]
+        parts += ["## Facts", markdown_table(("what", "value"), rest)]
+    said = [*limits(report), f"Not attacked: {report.facts.get('not attacked', NOT_ATTACKED)}"]
+    parts += ["## Limits", "\n".join(f"- {escape(line)}" for line in said)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -166,7 +183,8 @@ def escape(words: str) -> str:
     return re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", words)  # inside a word an underscore is harmless
 
 
-def _markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as a Markdown table, every cell of the body escaped."""
     lines = [header, ["---"] * len(header), *([escape(cell) for cell in row] for row in body)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

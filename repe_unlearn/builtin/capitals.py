@@ -132,11 +132,11 @@ TEMPLATES = {
     "people": {
         "seen": (
             "If someone from Fiji is called Fijian, someone from {subject} is called",
-            "Food from Fiji is Fijian food, and food from {subject} is",
+            "What comes from Fiji is Fijian, and what comes from {subject} is",
         ),
         "unseen": (
             "A person from Fiji is Fijian, and a person from {subject} is",
-            "Music from Fiji is Fijian music, and music from {subject} is",
+            "Someone born in Fiji is Fijian, and someone born in {subject} is",
         ),
     },
     "continent": {

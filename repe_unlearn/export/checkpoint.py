@@ -60,6 +60,7 @@ def checkpoint(
     tokenizer: PreTrainedTokenizerBase | None = None,
     force: bool = False,
     manifest: Mapping[str, object] | None = None,
+    card: str = "",
     check_fingerprint: bool = True,
     workers: int | None = None,
     verify: bool = False,
@@ -74,6 +75,7 @@ def checkpoint(
     tokenizer: PreTrainedTokenizerBase | None = None,
     force: bool = False,
     manifest: Mapping[str, object] | None = None,
+    card: str = "",
     check_fingerprint: bool = True,
     workers: int | None = None,
     verify: bool = False,
@@ -87,6 +89,7 @@ def checkpoint(
     tokenizer: PreTrainedTokenizerBase | None = None,
     force: bool = False,
     manifest: Mapping[str, object] | None = None,
+    card: str = "",
     check_fingerprint: bool = True,
     workers: int | None = None,
     verify: bool = False,
@@ -111,6 +114,7 @@ def checkpoint(
         tokenizer: written over the tokenizer files of `source` when given.
         force: replace an `out` that exists and is a checkpoint (or empty).
         manifest: more entries for the manifest; strict JSON (no NaN), no key of our own.
+        card: Markdown to put behind the model card (README.md), for example ``audit.card(report)``.
         check_fingerprint: refuse a source whose weights are not those the patch was made for. Turn it off to
             patch the full-precision checkpoint of a model that was fitted in 4 or 8 bits.
         workers: files that are written at the same time, >= 1; default one per CPU core, at most 4.
@@ -151,6 +155,8 @@ def checkpoint(
     with _folder(target, force, partial(resume_key, plan, patch)) as folder:
         for name in files:
             _copy(origin / name, folder / name)
+        if card:
+            _add_to_card(folder / "README.md", card)
         if tokenizer is not None:
             _save_tokenizer(tokenizer, folder)
         edited, added = _write_weights(folder, plan, workers, progress)
@@ -206,6 +212,15 @@ def _copy(source: Place, target: Place) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("wb", buffering=0) as stream:
         append(FileSlice(source, 0, size_of(source)), stream)
+
+
+def _add_to_card(readme: Place, section: str) -> None:
+    """Put a section behind what the copied model card says; its front matter stays at the top."""
+    before = ""
+    if readme.is_file():
+        with readme.open("rb") as stream:
+            before = stream.read().decode("utf-8", "replace").rstrip() + "\n\n"
+    readme.write_text(before + section.rstrip() + "\n", encoding="utf-8")
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Place) -> None:

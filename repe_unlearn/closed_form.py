@@ -1,0 +1,389 @@
+"""Closed form: unlearn facts or texts by one linear solve per layer, each on what the edited layers before it leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+import greenlet
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .activations import BATCH_TOKENS, refuse_nonfinite
+from .architectures import Architecture, Write
+from .builtin.passages import PASSAGES
+from .edit import Edit
+from .encoding import Batch, Batches, Encoded, batches
+from .errors import InputError, NotEnoughDataError, UnsupportedModelError
+from .facts import Facts
+from .facts_files import Corpus
+from .fingerprints import fingerprint
+from .linears import Linear, linear
+from .moments import Moments
+from .patch import Patch
+from .sequential import Runs
+from .sites import Site
+from .solvers import targets
+from .solvers.ridge_edit import ridge_edit
+from .solvers.targets import Target
+from .taps import tap
+
+__all__ = ["TARGETS", "closed_form", "default_layers"]
+
+_GROUPS = ("forget", "retain", "neighbour", "text", "decoy")
+_Group = Literal["forget", "retain", "neighbour", "text", "decoy"]
+
+TARGETS: tuple[str, ...] = ("mean_retain", "mean_decoy", "zero", "rmu", "redirect")
+"""Names of what the edited positions are to become."""
+
+
+def closed_form(
+    model: nn.Module,
+    tokenizer: Any,
+    source: Facts | Corpus,
+    retain: Corpus | None = None,
+    *,
+    layers: Iterable[int] | None = None,
+    writers: Sequence[Literal["mlp_out", "attn_out"]] = ("mlp_out",),
+    target: str | Target = "mean_retain",
+    alpha: float = 4.0,
+    beta: float = 10.0,
+    ridge: float = 14.0,
+    strength: float = 1.0,
+    null_space: float | None = None,
+    rank: int | None = None,
+    texts: Sequence[str] = PASSAGES,
+    seed: int = 0,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: bool = True,
+) -> Patch:
+    """Return a patch whose every edit is the exact minimiser of ``ridge_edit``'s objective, given the edits before it.
+
+    With facts, what is edited is what the model adds at the last token of each ``seen`` wording, from where the answer
+    is read; with texts, at every token. The keys of a layer are those that the model computes once all earlier layers
+    are edited, at the price of one forward pass of the prompts and the solves, whatever the number of layers.
+    Where a block adds its MLP's output to the stream as it is, the target is about the output of the block, the passing
+    stream included (as RMU); behind a post-norm and for attention it is about what the module writes.
+
+    The first token of a prompt is never used: it is where attention sinks, and editing it destroys the model.
+    Nothing that ``unseen`` wordings or the neutral passages of the report say is used.
+
+    Args:
+        model: a causal language model; not changed.
+        tokenizer: its tokenizer.
+        source: facts (their ``seen`` wordings of forget, retain of the same relations, neighbours), or texts to forget.
+        retain: texts to keep; needed with texts to forget, and added to ``texts`` with facts.
+        layers: blocks to edit; default the third quarter and a bit, ``default_layers``.
+        writers: which of a block's writers: ``mlp_out``, ``attn_out`` or both.
+        target: ``mean_retain`` (what is written for retained facts in the same wording, on average), ``mean_decoy``
+            (the same of decoys: subjects that the model does not know), ``zero``, ``rmu`` (a random vector of five times
+            the usual length), ``redirect`` (away from forget towards retain, LUNAR), or any ``solvers.targets.Target``.
+        alpha: weight of retained facts and texts (three parts facts, one part texts).
+        beta: weight of neighbours.
+        ridge: weight of the size of the edit, relative to the mean square of a retained key. Large values (1 to 30) make
+            the edit carry over to wordings that it was not solved on.
+        strength: share of the target's change, 0 to 1 and beyond.
+        null_space: keep the keys of retain, texts and neighbours exactly, see ``ridge_edit``.
+        rank: at most so many directions per layer.
+        texts: passages to keep.
+        seed: of random directions.
+        batch_tokens: positions per batch.
+        progress: show a progress bar.
+
+    Returns:
+        One edit per layer and writer; nothing but these weights differs.
+
+    Raises:
+        NotEnoughDataError: nothing to forget or to keep.
+        InputError: unknown layers, writers or target; a number out of range.
+        UnsupportedArchitectureError: a family without a row.
+        UnsupportedModelError: a writer that is no single matrix (experts), is quantised or offloaded.
+        NonFiniteError: activations with NaN or infinity.
+
+    Reference:
+        The last-layer problem of RMU (Li et al., arXiv 2403.03218) is ridge regression; sequential over layers as MEMIT
+        (Meng et al., arXiv 2210.07229); with other targets UCE (arXiv 2308.14761) and LUNAR (arXiv 2502.07218).
+
+    Example:
+        ``patch = closed_form(model, tokenizer, Facts.builtin("capitals", forget="Europe"))``
+    """
+    _check(target, strength, writers)
+    material = _material(source, retain, texts)
+    arch = Architecture.of(model)
+    places = _places(model, arch, arch.n_layers, layers, writers)
+    work = _encoded(model, tokenizer, material, batch_tokens)
+    settings = {"alpha": alpha, "beta": beta, "ridge": ridge, "null_space": null_space, "rank": rank}
+    solve = _Solver(material, target, strength, seed, settings)
+    read = _Read()
+    edits: dict[str, Edit] = {}
+    runs = Runs(model, work, tuple(place.site for place in places), None, None)
+    with (
+        tap(model, {place.keys: partial(read.keep, place.keys) for place in places}),
+        runs,
+        tqdm(total=len(places), desc="closed form", unit="layer", disable=not progress, leave=False) as bar,
+    ):
+        change: Callable[[Tensor], Tensor] | None = None
+        by_site = {place.site: place for place in places}
+        while True:
+            rows: list[_Rows] = []
+            place = None
+            for batch, site, x in runs.advance(change):
+                assert isinstance(batch, Batch)
+                place, found = by_site[site], batch.pick(x)
+                refuse_nonfinite(site, found)
+                rows.append(_Rows(batch.pick(read.latest(place.keys)), found, batch.z, batch.owner))
+            if place is None:
+                break
+            edit = solve(place.linear.each(lambda w: w), rows)
+            edits[place.linear.name] = edit.mT if place.linear.turned else edit
+            change = partial(read.edited, place.keys, edit)
+            bar.update()
+    facts = {
+        "method": "closed form",
+        "target": target if isinstance(target, str) else target.name,
+        "layers": ", ".join(str(place.layer) for place in places),
+        "settings": f"alpha={alpha:g}, beta={beta:g}, ridge={ridge:g}, strength={strength:g}",
+        "source": material.name,
+    }
+    return Patch(edits, fingerprint(model), provenance=facts)
+
+
+def default_layers(n_layers: int) -> range:
+    """Return the blocks that are edited by default: from two thirds to nine tenths of the depth.
+
+    There the answer is being written at the last token; earlier blocks serve everything that is said about a subject.
+
+    Example:
+        >>> default_layers(30)
+        range(20, 27)
+    """
+    return range(n_layers * 2 // 3, max(n_layers * 2 // 3 + 1, n_layers * 9 // 10))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Place:
+    """One weight to edit: where its keys are seen, and where all runs wait for its edit."""
+
+    layer: int
+    linear: Linear
+    keys: Site
+    site: Site
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """A text to run, its group, and the wording if it is a question: then only its last token counts."""
+
+    text: str
+    group: _Group
+    wording: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Material:
+    """What is run."""
+
+    name: str
+    prompts: tuple[_Prompt, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """The selected rows of one batch: keys, outputs, group and prompt."""
+
+    keys: Tensor
+    outputs: Tensor
+    group: Tensor
+    owner: Tensor
+
+
+class _Read:
+    """What the weights read in every waiting run, so that an edit acts on it without running the block again."""
+
+    def __init__(self) -> None:
+        self._kept: WeakKeyDictionary[greenlet.greenlet, dict[Site, Tensor]] = WeakKeyDictionary()
+        self._latest: dict[Site, Tensor] = {}
+
+    def keep(self, site: Site, x: Tensor) -> None:
+        self._latest = self._kept.setdefault(greenlet.getcurrent(), {})
+        self._latest[site] = x
+
+    def latest(self, site: Site) -> Tensor:
+        """Return what the run that paused last had read."""
+        return self._latest[site]
+
+    def edited(self, site: Site, edit: Edit, x: Tensor) -> Tensor:
+        """Return what the run that now goes on would compute with the edited weight."""
+        read = self._kept[greenlet.getcurrent()].pop(site)
+        left = edit.left.to(read)
+        added = read @ left.T if edit.right is None else (read @ edit.right.to(read).T) @ left.T
+        return x + added.reshape(x.shape)
+
+
+def _check(target: str | Target, strength: float, writers: Sequence[str]) -> None:
+    if isinstance(target, str) and target not in TARGETS:
+        raise InputError(
+            f"got target={target!r}; needed one of {', '.join(TARGETS)}, or a solvers.targets.Target."
+        )
+    if not writers or set(writers) - {"mlp_out", "attn_out"}:
+        raise InputError(f"got writers={list(writers)}; needed mlp_out, attn_out or both.")
+    if not 0 < strength < float("inf"):
+        raise InputError(f"got strength={strength}; needed a number above 0.")
+
+
+def _material(source: Facts | Corpus, retain: Corpus | None, texts: Sequence[str]) -> _Material:
+    kept = [_Prompt(text, "text") for text in (*texts, *(() if retain is None else retain.texts))]
+    if isinstance(source, Corpus):
+        if retain is None:
+            raise NotEnoughDataError("got texts to forget and none to keep; give retain=Corpus(...) as well.")
+        return _Material(source.name, (*(_Prompt(text, "forget") for text in source.texts), *kept))
+    forgotten = {fact.relation for fact in source if fact.role == "forget"}
+    if not forgotten:
+        raise NotEnoughDataError("got facts of which none is to be forgotten; give some the role 'forget'.")
+    asked = []
+    for question in source.questions("seen"):
+        fact = source.facts[question.fact]
+        if fact.role != "retain" or fact.relation in forgotten:
+            asked.append(_Prompt(question.prompt, fact.role, question.template))
+    if not any(prompt.group == "retain" for prompt in asked):
+        raise NotEnoughDataError(
+            "got facts of which none of the forgotten relations is to be kept; give some the role 'retain'."
+        )
+    return _Material(source.name, (*asked, *kept))
+
+
+def _encoded(model: nn.Module, tokenizer: Any, material: _Material, batch_tokens: int) -> Batches:
+    """Return the prompts as batches; z is the group, and the first token of a prompt never counts."""
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    found = []
+    for owner, prompt in enumerate(material.prompts):
+        ids = list(tokenizer(prompt.text)["input_ids"])
+        while ids and ids[-1] in special:  # the model reads the answer from the last token of the text
+            ids.pop()
+        if len(ids) < 2 or (longest is not None and len(ids) > longest):
+            raise InputError(
+                f"the prompt {prompt.text[:60]!r} has {len(ids)} tokens; needed 2 to {longest or 'any number'}."
+            )
+        positions = [len(ids) - 1] if prompt.wording else list(range(1, len(ids)))
+        found.append(Encoded(ids, positions, [_GROUPS.index(prompt.group)] * len(positions), owner))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    return batches(found, batch_tokens=batch_tokens, pad_id=pad, side="right", pooled=False, real=False)
+
+
+def _places(
+    model: nn.Module,
+    arch: Architecture,
+    n_layers: int,
+    layers: Iterable[int] | None,
+    writers: Sequence[Literal["mlp_out", "attn_out"]],
+) -> list[_Place]:
+    chosen = sorted(set(default_layers(n_layers) if layers is None else layers))
+    if not chosen or not 0 <= chosen[0] <= chosen[-1] < n_layers:
+        raise InputError(f"got layers {chosen}; needed some of 0 to {n_layers - 1}.")
+    found = []
+    for layer in chosen:
+        for kind in sorted(set(writers)):  # attention before the MLP
+            part = arch.part(kind, layer)
+            if not isinstance(part, Write) or len(part.writers) != 1 or not isinstance(part.writers[0], str):
+                raise UnsupportedModelError(
+                    f"{kind} of block {layer} of this {arch.model_type} model is not written by one matrix (experts, or "
+                    "no such sublayer); choose other layers or writers."
+                )
+            found.append(_place(model, arch, layer, kind, part))
+    return found
+
+
+def _place(
+    model: nn.Module, arch: Architecture, layer: int, kind: Literal["mlp_out", "attn_out"], part: Write
+) -> _Place:
+    (weight,) = part.writers
+    assert isinstance(weight, str)
+    base = f"{arch.block(layer)}."
+    d = int(model.get_submodule(f"{base}{weight}").weight.shape[-1 if arch.family.transposed else 0])
+    # There the output of the block moves by what the module's output moves by.
+    whole = kind == "mlp_out" and part.norm is None and not arch.family.post_layernorm
+    whole = whole and arch.family.residual_scale is None
+    site = arch.sites("resid_post", layers=[layer])[0] if whole else Site(f"{base}{weight}")
+    return _Place(layer, linear(model, arch, base, weight, d, "out"), Site(f"{base}{weight}", "input"), site)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Solver:
+    """Rows at one weight -> its edit."""
+
+    material: _Material
+    target: str | Target
+    strength: float
+    seed: int
+    settings: Mapping[str, Any]
+
+    def __call__(self, weight: Tensor, rows: Sequence[_Rows]) -> Edit:
+        keys, outputs, wordings = self._of(rows, "forget")
+        kept, text = self._of(rows, "retain"), self._of(rows, "text")
+        near = self._of(rows, "neighbour")
+        target, z = self._target(rows, kept if len(kept[0]) else text, outputs, wordings)
+        # Three parts facts and one part texts, whatever their numbers.
+        shares = [
+            (k.new_full((len(k),), share / len(k))) for k, share in ((kept[0], 3.0), (text[0], 1.0)) if len(k)
+        ]
+        retain = Moments.of(
+            torch.cat([kept[0], text[0]]), torch.cat([kept[1], text[1]]), weight=torch.cat(shares)
+        )
+        edit = ridge_edit(
+            weight,
+            Moments.of(keys, z),
+            retain,
+            target=target,
+            neighbour=Moments.of(*near[:2]) if len(near[0]) else None,
+            **self.settings,
+        )
+        # The solution is linear in what is wanted.
+        return Edit(self.strength * edit.left, edit.right, f"{edit.rule}, strength={self.strength:g}")
+
+    def _of(self, rows: Sequence[_Rows], group: _Group) -> tuple[Tensor, Tensor, list[str]]:
+        """Return keys, outputs and wordings of a group, float64 on the host."""
+        keys, outputs, wordings = [], [], []
+        for part in rows:
+            mine = (part.group == _GROUPS.index(group)).cpu()
+            keys.append(part.keys.to("cpu", torch.float64)[mine])
+            outputs.append(part.outputs.to("cpu", torch.float64)[mine])
+            wordings += [self.material.prompts[i].wording for i in part.owner.cpu()[mine].tolist()]
+        return torch.cat(keys), torch.cat(outputs), wordings
+
+    def _target(
+        self,
+        rows: Sequence[_Rows],
+        kept: tuple[Tensor, Tensor, list[str]],
+        outputs: Tensor,
+        wordings: Sequence[str],
+    ) -> tuple[Target, Tensor]:
+        """Return the target and what it gets to see as z."""
+        name = self.target
+        if isinstance(name, Target):
+            return name, outputs
+        if name == "zero":
+            return targets.zero(), outputs
+        if name == "rmu":
+            return targets.rmu(targets.rmu_directions(outputs.shape[1], 1, self.seed)[0]), outputs
+        if name == "redirect":
+            return targets.redirect(kept[1].mean(0) - outputs.mean(0)), outputs
+        source = kept if name == "mean_retain" else self._of(rows, "decoy")
+        if not len(source[0]):
+            raise NotEnoughDataError("target='mean_decoy' needs facts with the role 'decoy'; there are none.")
+        wanted = _per_wording(source[1], source[2], wordings)
+        return Target(name.replace("_", " of "), lambda weight, forget, retain: forget), wanted - outputs
+
+
+def _per_wording(outputs: Tensor, wordings: Sequence[str], wanted: Sequence[str]) -> Tensor:
+    """Return for each wanted wording the mean output in it; where it has none, the mean of all."""
+    index: dict[str, list[int]] = {}
+    for i, wording in enumerate(wordings):
+        index.setdefault(wording, []).append(i)
+    overall = outputs.mean(0)
+    means = {wording: outputs[rows].mean(0) for wording, rows in index.items()}
+    return torch.stack([means.get(wording, overall) for wording in wanted])

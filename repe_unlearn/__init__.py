@@ -19,13 +19,17 @@ from .folding import bake
 from .gate import Gate
 from .hooks import apply
 from .inputs import Inputs
+from .measured import Measured, measure
+from .methods import METHODS
 from .models import Loaded, load
 from .moments import Moments
+from .outlook import Outlook, foresee
 from .patch import Patch
 from .plan import ErasurePlan, solve
 from .sequential import fit_sequential
 from .shards import Shards
 from .sites import Site
+from .steering import Steer, SteeringPlan
 from .stream import plan_stream
 from .thin_moments import ThinMoments
 from .tokens import Select
@@ -33,6 +37,7 @@ from .tokens import Select
 __version__ = _version("repe-unlearn")
 
 __all__ = [
+    "METHODS",
     "Answers",
     "Architecture",
     "Check",
@@ -48,7 +53,9 @@ __all__ = [
     "Gate",
     "Inputs",
     "Loaded",
+    "Measured",
     "Moments",
+    "Outlook",
     "Patch",
     "Question",
     "Report",
@@ -56,6 +63,8 @@ __all__ = [
     "Select",
     "Shards",
     "Site",
+    "Steer",
+    "SteeringPlan",
     "ThinMoments",
     "algebra",
     "answers",
@@ -67,9 +76,11 @@ __all__ = [
     "export",
     "fingerprint",
     "fit_sequential",
+    "foresee",
     "gather",
     "load",
     "localize",
+    "measure",
     "plan_stream",
     "quantisation",
     "solve",

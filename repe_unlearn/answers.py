@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, NamedTuple, TypeAlias
+from itertools import pairwise, product
+from typing import Any, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from .errors import InputError, NonFiniteError
 from .facts import Facts, Form, Question, Role
 from .placement import evaluating, input_device, require_whole
+from .tables import html_table
 
 __all__ = ["Answers", "answers", "continuation"]
 
@@ -83,6 +84,16 @@ class Answers:
     def __repr__(self) -> str:
         shares = ", ".join(f"{role} {self.accuracy(role):.2f}" for role in self.facts.roles)
         return f"Answers({len(self.questions)} questions; greedy accuracy {shares})"
+
+    def _repr_html_(self) -> str:
+        rows = []
+        for role, form in product(self.facts.roles, get_args(Form)):
+            if asked := self.per_fact(self.exact, role, form=form):
+                values = (self.exact, self.chosen, self.margin)
+                means = (f"{self.mean(value, role, form=form):.2f}" for value in values)
+                rows.append((role, form, len(asked), *means))
+        columns = ("role", "form", "facts", "greedy right", "best of options", "margin (nats)")
+        return html_table(repr(self), columns, rows)
 
 
 def answers(

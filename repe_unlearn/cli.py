@@ -167,36 +167,63 @@ def demo(
 
 @app.command()
 def info(model: Model = "smollm2-135m", quiet: QuietOption = False) -> None:
-    """Show what can be done with a model: sites, and how exactly an eraser at each kind of site can be baked."""
+    """Show what can be done with a model, and what it takes.
+
+    Sites, and how exactly an eraser at each kind of site can be baked; weights that a closed-form edit can reach; tied
+    embeddings and experts; time and memory, from a short forward pass and the sizes of the weights.
+    """
     from .architectures import Architecture
     from .folding import exactness
     from .models import load
+    from .survey import costs, experts, speed, weight_bytes, width, writers
 
     with _errors():
         loaded = load(model, progress=not quiet)
-        arch = Architecture.of(loaded.model)
-        parameters = sum(p.numel() for p in loaded.model.parameters())
+        network = loaded.model
+        arch = Architecture.of(network)
+        parameters = sum(p.numel() for p in network.parameters())
+        stacks = experts(network)
         facts = Table(show_header=False, box=None)
         for name, value in {
-            "model": f"{type(loaded.model).__name__} ({arch.model_type})",
+            "model": f"{type(network).__name__} ({arch.model_type})",
             "source": str(loaded.source),
             "fingerprint": loaded.fingerprint,
             "layers": str(arch.n_layers),
-            "width": str(loaded.model.config.hidden_size),
-            "parameters": f"{parameters / 1e6:.1f} M, {str(loaded.model.dtype).removeprefix('torch.')}",
-            "tied embeddings": str(bool(loaded.model.config.tie_word_embeddings)),
+            "width": str(width(network)),
+            "parameters": f"{parameters / 1e6:.1f} M, {str(network.dtype).removeprefix('torch.')}",
+            "weights": _bytes(weight_bytes(network)),
+            "tied embeddings": str(bool(network.config.tie_word_embeddings)),
+            "experts": f"{max(stacks.values())} in each of {len(stacks)} blocks" if stacks else "none",
         }.items():
             facts.add_row(f"[bold]{name}[/]", _escape(value))
         table = Table(title="sites")
         for column in ("kind", "number", "first", "affine eraser", "linear eraser"):
             table.add_column(column, overflow="fold")
-        for kind, rows in exactness(loaded.model).items():
+        for kind, rows in exactness(network).items():
             # The stream is no kind of site: its plan starts after the embeddings and goes through all writers.
             sites = arch.sites("resid_pre", layers=[0]) if kind == "stream" else arch.sites(kind)  # type: ignore[arg-type]  # of this model
             count = "all" if kind == "stream" else str(len(sites))
             table.add_row(kind, count, str(sites[0]), rows["affine"], rows["linear"])
-    console.print(facts)
-    console.print(table)
+        edits = Table(title="weights that closed_form can edit")
+        for column in ("writers", "blocks", "inputs", "why not the others"):
+            edits.add_column(column, overflow="fold")
+        for kind, found in writers(network).items():
+            why = next(iter(found.refused.values()), "")
+            edits.add_row(
+                kind, f"{len(found.layers)} of {arch.n_layers}", str(found.width or "–"), _escape(why)
+            )
+        took = Table(title="estimates for 1,000 tokens on this machine")
+        for column in ("step", "time", "memory beyond the weights"):
+            took.add_column(column, overflow="fold")
+        for cost in costs(network, speed(network)):
+            seconds = "not measured" if cost.seconds != cost.seconds else f"{cost.seconds:.2g} s"
+            took.add_row(cost.step, seconds, _bytes(cost.bytes))
+    for part in (facts, table, edits, took):
+        console.print(part)
+
+
+def _bytes(number: float) -> str:
+    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"
 
 
 @app.command()

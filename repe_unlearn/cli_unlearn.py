@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from .cli import (
     ForceOption,
@@ -26,6 +25,8 @@ from .cli import (
 from .errors import InputError, OutputExistsError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from .audit.report import Report
     from .facts import Facts, Role
     from .facts_files import Corpus
@@ -272,9 +273,11 @@ def _report(
 
 
 def _table(before: Measured, after: Measured, outlook: Outlook | None) -> Table:
+    from rich.table import Table
+
     from .measured import COLUMNS
 
-    table = Table(title=f"{after.method}")
+    table = Table(title=after.method)
     for column in ("measure", "before", "after", *(["predicted"] if outlook else [])):
         table.add_column(column, overflow="fold")
     predicted = {}

@@ -25,6 +25,7 @@ from .fingerprints import fingerprint
 from .linears import Linear, linear
 from .moments import Moments
 from .patch import Patch
+from .placement import evaluating
 from .sequential import Runs
 from .sites import Site
 from .solvers import targets
@@ -32,13 +33,13 @@ from .solvers.ridge_edit import ridge_edit
 from .solvers.targets import Target
 from .taps import tap
 
-__all__ = ["TARGETS", "closed_form", "default_layers"]
+__all__ = ["TARGETS", "Place", "closed_form", "default_layers", "places_of"]
 
 _GROUPS = ("forget", "retain", "neighbour", "text", "decoy")
 _Group = Literal["forget", "retain", "neighbour", "text", "decoy"]
 
 TARGETS: tuple[str, ...] = ("mean_retain", "mean_decoy", "zero", "rmu", "redirect")
-"""Names of what the edited positions are to become."""
+"""Names of what the edited positions are to become; ``closed_form`` says what each means."""
 
 
 def closed_form(
@@ -75,33 +76,38 @@ def closed_form(
     Args:
         model: a causal language model; not changed.
         tokenizer: its tokenizer.
-        source: facts (their ``seen`` wordings of forget, retain of the same relations, neighbours), or texts to forget.
-        retain: texts to keep; needed with texts to forget, and added to ``texts`` with facts.
-        layers: blocks to edit; default the third quarter and a bit, ``default_layers``.
+        source: facts, or texts to forget. Of facts the ``seen`` wordings of forget, of neighbours, of what else is
+            retained of a forgotten relation, and for ``mean_decoy`` of decoys; other relations are left out.
+        retain: texts to keep beside ``texts``; needed with texts to forget.
+        layers: blocks to edit; default ``default_layers``, from two thirds to nine tenths of the depth.
         writers: which of a block's writers: ``mlp_out``, ``attn_out`` or both.
         target: ``mean_retain`` (what is written for retained facts in the same wording, on average), ``mean_decoy``
-            (the same of decoys: subjects that the model does not know), ``zero``, ``rmu`` (a random vector of five times
-            the usual length), ``redirect`` (away from forget towards retain, LUNAR), or any ``solvers.targets.Target``.
-        alpha: weight of retained facts and texts (three parts facts, one part texts).
-        beta: weight of neighbours.
+            (the same of decoys: subjects that the model does not know), ``zero`` (the weight writes nothing), ``rmu`` (a
+            random vector of five times the usual length), ``redirect`` (by the mean of retain less that of forget, as
+            LUNAR), or any ``solvers.targets.Target``. With texts to forget, retain is the mean of all texts to keep.
+        alpha: weight of retained facts and texts (three parts facts, one part texts), 0 or more.
+        beta: weight of neighbours, 0 or more.
         ridge: weight of the size of the edit, relative to the mean square of a retained key. Large values (1 to 30) make
             the edit carry over to wordings that it was not solved on.
-        strength: share of the target's change, 0 to 1 and beyond.
-        null_space: keep the keys of retain, texts and neighbours exactly, see ``ridge_edit``.
-        rank: at most so many directions per layer.
-        texts: passages to keep.
+        strength: factor on the solved edit, above 0; 1 is the minimiser.
+        null_space: leave what the weight writes for the keys of retain, texts and neighbours as it was, see
+            ``ridge_edit``.
+        rank: at most so many directions per weight.
+        texts: passages to keep; () for none.
         seed: of random directions.
         batch_tokens: positions per batch.
         progress: show a progress bar.
 
     Returns:
-        One edit per layer and writer; nothing but these weights differs.
+        One edit per layer and writer; biases and all other weights stay.
 
     Raises:
-        NotEnoughDataError: nothing to forget or to keep.
-        InputError: unknown layers, writers or target; a number out of range.
+        NotEnoughDataError: nothing to forget or to keep, or no decoys for ``mean_decoy``.
+        InputError: unknown layers, writers or target; a number out of range; a prompt that is too long, or of one token;
+            a source or texts of another type; keys that do not determine the edit (``ridge=0``), or no null space.
+        ShapeError: a ``Target`` of another width.
         UnsupportedArchitectureError: a family without a row.
-        UnsupportedModelError: a writer that is no single matrix (experts), is quantised or offloaded.
+        UnsupportedModelError: a writer that is no single matrix (experts), is quantised, replaced or offloaded.
         NonFiniteError: activations with NaN or infinity.
 
     Reference:
@@ -111,17 +117,17 @@ def closed_form(
     Example:
         ``patch = closed_form(model, tokenizer, Facts.builtin("capitals", forget="Europe"))``
     """
-    _check(target, strength, writers)
-    material = _material(source, retain, texts)
-    arch = Architecture.of(model)
-    places = _places(model, arch, arch.n_layers, layers, writers)
-    work = _encoded(model, tokenizer, material, batch_tokens)
+    _check(source, retain, target, strength, texts)
+    prompts = _prompts(source, retain, texts, target)
+    places = places_of(model, Architecture.of(model), layers, writers)
+    work = _encoded(model, tokenizer, prompts, batch_tokens)
     settings = {"alpha": alpha, "beta": beta, "ridge": ridge, "null_space": null_space, "rank": rank}
-    solve = _Solver(material, target, strength, seed, settings)
+    solve = _Solver(prompts, target, strength, seed, settings)
     read = _Read()
     edits: dict[str, Edit] = {}
     runs = Runs(model, work, tuple(place.site for place in places), None, None)
     with (
+        evaluating(model),
         tap(model, {place.keys: partial(read.keep, place.keys) for place in places}),
         runs,
         tqdm(total=len(places), desc="closed form", unit="layer", disable=not progress, leave=False) as bar,
@@ -146,8 +152,10 @@ def closed_form(
         "method": "closed form",
         "target": target if isinstance(target, str) else target.name,
         "layers": ", ".join(str(place.layer) for place in places),
-        "settings": f"alpha={alpha:g}, beta={beta:g}, ridge={ridge:g}, strength={strength:g}",
-        "source": material.name,
+        "settings": ", ".join(
+            f"{k}={v:g}" for k, v in {**settings, "strength": strength}.items() if v is not None
+        ),
+        "source": source.name,
     }
     return Patch(edits, fingerprint(model), provenance=facts)
 
@@ -165,8 +173,16 @@ def default_layers(n_layers: int) -> range:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Place:
-    """One weight to edit: where its keys are seen, and where all runs wait for its edit."""
+class Place:
+    """One weight to edit.
+
+    Attributes:
+        layer: number of the block.
+        linear: the weight.
+        keys: where its inputs are seen.
+        site: the output that targets are about: of the block, or of the module where the block's does not move by the
+            same amount.
+    """
 
     layer: int
     linear: Linear
@@ -181,14 +197,6 @@ class _Prompt:
     text: str
     group: _Group
     wording: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class _Material:
-    """What is run."""
-
-    name: str
-    prompts: tuple[_Prompt, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -224,69 +232,92 @@ class _Read:
         return x + added.reshape(x.shape)
 
 
-def _check(target: str | Target, strength: float, writers: Sequence[str]) -> None:
-    if isinstance(target, str) and target not in TARGETS:
+def _check(source: object, retain: object, target: object, strength: float, texts: Sequence[str]) -> None:
+    if not isinstance(source, Facts | Corpus):
+        raise InputError(f"got {type(source).__name__} to forget; needed Facts or a Corpus.")
+    if not isinstance(retain, Corpus | None):
+        raise InputError(f"got {type(retain).__name__} to keep; needed a Corpus, or None.")
+    if isinstance(texts, str):
+        raise InputError("got one string as texts; needed a list of passages.")
+    if not isinstance(target, Target) and target not in TARGETS:
         raise InputError(
             f"got target={target!r}; needed one of {', '.join(TARGETS)}, or a solvers.targets.Target."
         )
-    if not writers or set(writers) - {"mlp_out", "attn_out"}:
-        raise InputError(f"got writers={list(writers)}; needed mlp_out, attn_out or both.")
     if not 0 < strength < float("inf"):
         raise InputError(f"got strength={strength}; needed a number above 0.")
 
 
-def _material(source: Facts | Corpus, retain: Corpus | None, texts: Sequence[str]) -> _Material:
+def _prompts(
+    source: Facts | Corpus, retain: Corpus | None, texts: Sequence[str], target: str | Target
+) -> list[_Prompt]:
+    """Return what is run."""
     kept = [_Prompt(text, "text") for text in (*texts, *(() if retain is None else retain.texts))]
     if isinstance(source, Corpus):
         if retain is None:
             raise NotEnoughDataError("got texts to forget and none to keep; give retain=Corpus(...) as well.")
-        return _Material(source.name, (*(_Prompt(text, "forget") for text in source.texts), *kept))
-    forgotten = {fact.relation for fact in source if fact.role == "forget"}
+        found = [*(_Prompt(text, "forget") for text in source.texts), *kept]
+    else:
+        found = [*_asked(source, decoys=target == "mean_decoy"), *kept]
+    if target == "mean_decoy" and not any(prompt.group == "decoy" for prompt in found):
+        raise NotEnoughDataError("target='mean_decoy' needs facts with the role 'decoy'; there are none.")
+    return found
+
+
+def _asked(facts: Facts, *, decoys: bool) -> list[_Prompt]:
+    """Return the questions that an edit is solved on."""
+    forgotten = {fact.relation for fact in facts if fact.role == "forget"}
     if not forgotten:
         raise NotEnoughDataError("got facts of which none is to be forgotten; give some the role 'forget'.")
     asked = []
-    for question in source.questions("seen"):
-        fact = source.facts[question.fact]
-        if fact.role != "retain" or fact.relation in forgotten:
+    for question in facts.questions("seen"):
+        fact = facts.facts[question.fact]
+        same = fact.relation in forgotten and (fact.role == "retain" or decoys)
+        if same or fact.role in ("forget", "neighbour"):
             asked.append(_Prompt(question.prompt, fact.role, question.template))
     if not any(prompt.group == "retain" for prompt in asked):
         raise NotEnoughDataError(
             "got facts of which none of the forgotten relations is to be kept; give some the role 'retain'."
         )
-    return _Material(source.name, (*asked, *kept))
+    return asked
 
 
-def _encoded(model: nn.Module, tokenizer: Any, material: _Material, batch_tokens: int) -> Batches:
+def _encoded(model: nn.Module, tokenizer: Any, prompts: Sequence[_Prompt], batch_tokens: int) -> Batches:
     """Return the prompts as batches; z is the group, and the first token of a prompt never counts."""
     longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     special = set(getattr(tokenizer, "all_special_ids", ()))
     found = []
-    for owner, prompt in enumerate(material.prompts):
+    for owner, prompt in enumerate(prompts):
         ids = list(tokenizer(prompt.text)["input_ids"])
         while ids and ids[-1] in special:  # the model reads the answer from the last token of the text
             ids.pop()
         if len(ids) < 2 or (longest is not None and len(ids) > longest):
-            raise InputError(
-                f"the prompt {prompt.text[:60]!r} has {len(ids)} tokens; needed 2 to {longest or 'any number'}."
-            )
+            needed = "2 or more" if longest is None else f"2 to {longest}"
+            raise InputError(f"the prompt {prompt.text[:60]!r} has {len(ids)} tokens; needed {needed}.")
         positions = [len(ids) - 1] if prompt.wording else list(range(1, len(ids)))
         found.append(Encoded(ids, positions, [_GROUPS.index(prompt.group)] * len(positions), owner))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     return batches(found, batch_tokens=batch_tokens, pad_id=pad, side="right", pooled=False, real=False)
 
 
-def _places(
+def places_of(
     model: nn.Module,
     arch: Architecture,
-    n_layers: int,
     layers: Iterable[int] | None,
     writers: Sequence[Literal["mlp_out", "attn_out"]],
-) -> list[_Place]:
-    chosen = sorted(set(default_layers(n_layers) if layers is None else layers))
-    if not chosen or not 0 <= chosen[0] <= chosen[-1] < n_layers:
-        raise InputError(f"got layers {chosen}; needed some of 0 to {n_layers - 1}.")
+) -> list[Place]:
+    """Return the weights of some blocks and writers in the order in which the model runs them.
+
+    Raises:
+        InputError: unknown layers or writers.
+        UnsupportedModelError: a writer that is no single matrix, is quantised, replaced or offloaded.
+    """
+    if not writers or set(writers) - {"mlp_out", "attn_out"}:
+        raise InputError(f"got writers={list(writers)}; needed mlp_out, attn_out or both.")
+    chosen = list(default_layers(arch.n_layers) if layers is None else layers)
+    if not chosen or not set(chosen) <= set(range(arch.n_layers)):
+        raise InputError(f"got layers {chosen}; needed some of 0 to {arch.n_layers - 1}.")
     found = []
-    for layer in chosen:
+    for layer in sorted(set(chosen)):
         for kind in sorted(set(writers)):  # attention before the MLP
             part = arch.part(kind, layer)
             if not isinstance(part, Write) or len(part.writers) != 1 or not isinstance(part.writers[0], str):
@@ -300,23 +331,24 @@ def _places(
 
 def _place(
     model: nn.Module, arch: Architecture, layer: int, kind: Literal["mlp_out", "attn_out"], part: Write
-) -> _Place:
+) -> Place:
     (weight,) = part.writers
     assert isinstance(weight, str)
     base = f"{arch.block(layer)}."
-    d = int(model.get_submodule(f"{base}{weight}").weight.shape[-1 if arch.family.transposed else 0])
+    config: Any = model.config
+    d: int = getattr(config, "hidden_size", None) or config.get_text_config().hidden_size
     # There the output of the block moves by what the module's output moves by.
     whole = kind == "mlp_out" and part.norm is None and not arch.family.post_layernorm
     whole = whole and arch.family.residual_scale is None
     site = arch.sites("resid_post", layers=[layer])[0] if whole else Site(f"{base}{weight}")
-    return _Place(layer, linear(model, arch, base, weight, d, "out"), Site(f"{base}{weight}", "input"), site)
+    return Place(layer, linear(model, arch, base, weight, d, "out"), Site(f"{base}{weight}", "input"), site)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Solver:
     """Rows at one weight -> its edit."""
 
-    material: _Material
+    prompts: Sequence[_Prompt]
     target: str | Target
     strength: float
     seed: int
@@ -352,7 +384,7 @@ class _Solver:
             mine = (part.group == _GROUPS.index(group)).cpu()
             keys.append(part.keys.to("cpu", torch.float64)[mine])
             outputs.append(part.outputs.to("cpu", torch.float64)[mine])
-            wordings += [self.material.prompts[i].wording for i in part.owner.cpu()[mine].tolist()]
+            wordings += [self.prompts[i].wording for i in part.owner.cpu()[mine].tolist()]
         return torch.cat(keys), torch.cat(outputs), wordings
 
     def _target(
@@ -373,8 +405,6 @@ class _Solver:
         if name == "redirect":
             return targets.redirect(kept[1].mean(0) - outputs.mean(0)), outputs
         source = kept if name == "mean_retain" else self._of(rows, "decoy")
-        if not len(source[0]):
-            raise NotEnoughDataError("target='mean_decoy' needs facts with the role 'decoy'; there are none.")
         wanted = _per_wording(source[1], source[2], wordings)
         return Target(name.replace("_", " of "), lambda weight, forget, retain: forget), wanted - outputs
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .errors import InputError, NonFiniteError, ShapeError
+from .tables import html_table
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -196,6 +197,14 @@ class Eraser:
         affine = "linear" if self.is_linear else "affine"
         dtype = str(self.dtype).removeprefix("torch.")
         return f"Eraser(d={self.dim}, rank={self.rank}, {kind}, {affine}, {dtype})"
+
+    def _repr_html_(self) -> str:
+        # The singular values of left @ right, from its two small triangular factors.
+        a, b = (torch.linalg.qr(t.double(), mode="r").R for t in (self.left, self.right.T))
+        found = torch.linalg.svdvals(a @ b.T).tolist()
+        rows = [(i, f"{value:.3g}") for i, value in enumerate(found[:8])]
+        columns = ("direction", "moved per unit read (1 if orthogonal)")
+        return html_table(repr(self), columns, rows, self.rank)
 
 
 def _slack(dtype: torch.dtype) -> float:

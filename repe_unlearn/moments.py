@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from .errors import FileFormatError, InputError, ModelMismatchError, NotEnoughDataError, ShapeError
 from .rows import checked_rows
+from .tables import html_table
 from .tensorfile import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -261,7 +261,15 @@ class Moments:
         return f"Moments(n={self.n:g}, d={self.d}, k={self.k})"
 
     def _repr_html_(self) -> str:
-        return f"<code>{json.dumps(repr(self))[1:-1]}</code>"
+        std_x, std_z = (m.diagonal().div(self.n or 1.0).sqrt() for m in (self.m_xx, self.m_zz))
+        scale = std_x[:, None] * std_z * (self.n or 1.0)
+        strongest = torch.where(scale > 0, self.m_xz / scale, 0.0).abs().amax(0)
+        rows = [
+            (column, *(f"{float(value[column]):.3g}" for value in (self.mean_z, std_z, strongest)))
+            for column in range(min(self.k, 8))
+        ]
+        columns = ("column of z", "mean", "std", "strongest correlation with a coordinate of x")
+        return html_table(repr(self), columns, rows, self.k)
 
 
 def require_same_widths(a: tuple[int, int], b: tuple[int, int]) -> None:

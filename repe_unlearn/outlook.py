@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .activations import gather
 from .architectures import Architecture
-from .closed_form import _places
+from .closed_form import places_of
 from .contrast import Contrast
 from .errors import InputError, NotEnoughDataError
 from .facts import Facts, Role
@@ -152,7 +152,7 @@ def foresee(
     contrast = Contrast.from_classes({role: texts for role, texts in asked.items() if texts}, name=facts.name)
     labels = torch.tensor(contrast.labels)
     arch = Architecture.of(model)
-    places = _places(model, arch, arch.n_layers, range(arch.n_layers) if layers is None else layers, writers)
+    places = places_of(model, arch, range(arch.n_layers) if layers is None else layers, writers)
     sites = dict.fromkeys(site for place in places for site in (place.keys, place.site))
     rows = gather(model, tokenizer, contrast, list(sites), progress=progress)
     found: dict[Site, Prediction] = {}

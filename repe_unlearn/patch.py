@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .edit import Edit
 from .errors import FileFormatError, InputError, ModelMismatchError, ShapeError, UnsupportedModelError
 from .fingerprints import fingerprint
+from .tables import html_table
 from .tensorfile import read_tensors, write_tensors
 
 _KIND = "patch"
@@ -78,6 +79,11 @@ class Patch:
     def __repr__(self) -> str:
         biases = len(self.new_biases)
         return f"Patch({len(self)} edited tensors, {biases} of them new biases, model={self.fingerprint})"
+
+    def _repr_html_(self) -> str:
+        largest = sorted(self.report(), key=lambda row: row.norm, reverse=True)[:8]
+        rows = [(row.name, row.rule, row.rank or "full", f"{row.norm:.3g}") for row in largest]
+        return html_table(repr(self), ("largest edits", "rule", "rank", "norm"), rows, len(self))
 
     def apply_(self, model: nn.Module) -> Patch:
         """Edit the weights in place; ``revert_`` restores every bit, and so does a failure on the way.

@@ -24,6 +24,7 @@ from .fingerprints import fingerprint
 from .moments import Moments
 from .sites import Site
 from .solvers.leace import leace
+from .tables import html_table
 from .tensorfile import read_tensors, write_tensors
 
 Solver = Callable[[Moments], Eraser]
@@ -147,23 +148,15 @@ class ErasurePlan:
         return f"ErasurePlan({facts})"
 
     def _repr_html_(self) -> str:
-        from html import escape
-
-        def numbers(site: Site) -> str:
+        rows = []
+        for site, eraser in list(self.erasers.items())[:8]:
             found = self.diagnostics.get(site)
-            if found is None:
-                return "<td></td>" * 3
-            return (
-                f"<td>{found.energy:.2%}</td><td>{found.effective_rank:.1f}</td><td>{found.outlier:.3g}</td>"
-            )
-
-        rows = "".join(
-            f"<tr><td>{escape(str(s))}</td><td>{e.rank}</td><td>{e.dim}</td>{numbers(s)}</tr>"
-            for s, e in list(self.erasers.items())[:8]
-        )
-        more = f"<tr><td colspan=6>… and {len(self) - 8} more</td></tr>" if len(self) > 8 else ""
-        head = "<tr><th>site</th><th>rank</th><th>d</th><th>variance moved</th><th>effective rank</th><th>widest / median std</th></tr>"
-        return f"<b>{escape(repr(self))}</b><table>{head}{rows}{more}</table>"
+            numbers = ("", "", "")
+            if found is not None:
+                numbers = (f"{found.energy:.2%}", f"{found.effective_rank:.1f}", f"{found.outlier:.3g}")
+            rows.append((site, eraser.rank, eraser.dim, *numbers))
+        columns = ("site", "rank", "d", "variance moved", "effective rank", "widest / median std")
+        return html_table(repr(self), columns, rows, len(self))
 
 
 def require_model(model: nn.Module, sites: Iterable[Site], expected: str) -> None:

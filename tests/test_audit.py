@@ -88,7 +88,7 @@ def test_a_model_that_never_knew_passes() -> None:
     report = audited(gold(), ["lens"])
     assert report.facts["verdict"] == "NOT_RECOVERED_AT_BUDGET"
     assert report.passed
-    assert report.facts["attacker"].startswith("T1")
+    assert "T1" in report.facts["attacker"]
     assert found(report, "leak.lens").high < 0.25
     assert "relearn" in report.facts["not attacked"]
 
@@ -105,9 +105,11 @@ def test_a_hook_claims_no_more_than_what_asking_shows() -> None:
     base = original()[0]
     d = base.config.hidden_size
     u = torch.eye(d, 1, dtype=torch.float64)
-    plan = ErasurePlan({Site("model.layers.1.mlp"): Eraser(u, u.T, torch.zeros(d))}, _print(base))
+    plan = ErasurePlan(
+        {Site("model.layers.1.mlp"): Eraser(u, u.T, torch.zeros(d, dtype=u.dtype))}, _print(base)
+    )
     report = audited(plan, None)
-    assert report.facts["attacker"].startswith("T0")
+    assert "T0" in report.facts["attacker"]
     assert {one.name for one in report.checks if one.name.startswith("leak.")} <= {
         "leak.behaviour.seen",
         "leak.behaviour.unseen",
@@ -122,6 +124,7 @@ def test_an_interrupted_audit_goes_on_where_it_stopped(
 ) -> None:
     from repe_unlearn.audit import attacks
 
+    whole = numbers(untouched())
     lens, runs = attacks.lens, []
 
     def interrupted(*args: object, **options: object) -> object:
@@ -134,12 +137,12 @@ def test_an_interrupted_audit_goes_on_where_it_stopped(
     with pytest.raises(KeyboardInterrupt):
         audited(dense(), ["lens"], resume=tmp_path)
     done = {path.name.rpartition("-")[0] for path in tmp_path.iterdir()}
-    assert {"behaviour-edited", "behaviour-original", "lens-edited", "retention"} <= done
-    assert "lens-original" not in done
+    assert {"behaviour-edited", "behaviour-original", "lens-original", "retention"} <= done
+    assert "lens-edited" not in done
     monkeypatch.setattr(attacks, "behaviours", None)  # never asked again
     monkeypatch.setattr(attacks, "lens", lens)
     again = audited(dense(), ["lens"], resume=tmp_path)
-    assert numbers(again) == numbers(untouched())
+    assert numbers(again) == whole
 
 
 def numbers(report: Report) -> dict[str, tuple[float, ...]]:
@@ -173,7 +176,8 @@ def test_a_card_tells_the_verdict_and_lies_in_the_exported_model(tmp_path: Path)
     with pytest.raises(InputError, match="no verdict"):
         card(Report("verify", "", (), (), {}))
     model = tiny_llama()
-    source = save(model, tmp_path / "source")
+    source = tmp_path / "source"
+    save(source, model)
     (source / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
     patch = Patch(
         {"model.norm.weight": Edit(torch.ones_like(model.model.norm.weight), None, "x")}, _print(model)

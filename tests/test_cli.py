@@ -267,9 +267,15 @@ def test_info(tmp_path: Path, model_type: str, reasons: list[str]) -> None:
     text = " ".join(found.replace("│", " ").split())
     assert f"({model_type})" in text
     assert ru.load(tmp_path / "model", progress=False).fingerprint in text
-    flat = flattened(found)
+    sites, edits = found.split("weights that closed_form can edit")
+    flat = flattened(sites)
     for reason in reasons:
         assert reason in flat, (reason, flat)
+    edits, estimates = edits.split("estimates for 1,000 tokens")
+    assert "3 of 3" in edits
+    steps = flattened(estimates)
+    assert "capture at 6 sites fit in sequence at 6 sites closed form, layers 2 to 2" in steps
+    assert "not measured" not in steps
     assert tree(tmp_path) == before
 
 

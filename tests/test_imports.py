@@ -62,6 +62,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "closed_form",
         "methods",
         "outlook",
+        "survey",
         "gate",
         "linears",
         "stream",

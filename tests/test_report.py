@@ -369,7 +369,7 @@ def test_json_holds_what_json_cannot_hold():
         raise AssertionError(literal)
 
     content = json.loads(text, parse_constant=refuse)
-    assert content["schema"] == 1
+    assert content["schema"] == 2
     assert content["passed"] is False
     assert content["checks"][0]["value"] is None
     assert content["checks"][0]["not_finite"] == {"value": "nan", "control": "-inf"}
@@ -388,7 +388,7 @@ def edited(report, edit):
     ("edit", "words"),
     [
         (lambda c: c.update(kind="other"), "not a report"),
-        (lambda c: c.update(schema=2), "schema 2 cannot be read"),
+        (lambda c: c.update(schema=3), "schema 3 cannot be read"),
         (lambda c: c.pop("facts"), "lacks"),
         (lambda c: c.update(extra=1), "unknown"),
         (lambda c: c.update(passed=False), "it was edited"),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 from repe_unlearn.audit import text
 from repe_unlearn.audit.report import Report
 from repe_unlearn.errors import InputError
 
+_PARTS = ("leak.", "cost.", "refusal.")
 _SHOWN = 24  # rows; a card is read by people
 
 
@@ -25,7 +28,7 @@ def card(report: Report) -> str:
         ``export.checkpoint("base", patch, "edited", card=card(report))``
     """
     facts = require_audit(report)
-    rows = [one for one in report.checks if one.name.startswith(("leak.", "cost.", "refusal."))]
+    rows = [one for one in report.checks if one.name.startswith(_PARTS) and not math.isnan(one.value)]
     body = [
         (
             one.name,

@@ -66,7 +66,7 @@ class SideBySide:
             )
             for name, pair in self.rows.items()
             for model, check in zip(self.names, pair, strict=True)
-            if check is not None
+            if check is not None and math.isfinite(check.value)
         ]
         verdicts = {
             f"verdict of {n}": r.facts["verdict"] for n, r in zip(self.names, self.reports, strict=True)
@@ -77,7 +77,7 @@ class SideBySide:
             subtitle=" against ".join(self.names),
             checks=tuple(checks),
             series=self._figure(),
-            facts={**verdicts, **unlike},
+            facts={"verdict": "Side by side", **verdicts, **unlike},
             verdict="; ".join(
                 f"{name}: {value}" for name, value in zip(self.names, verdicts.values(), strict=True)
             ),
@@ -101,7 +101,11 @@ class SideBySide:
         return [(key, a.get(key, ""), b.get(key, "")) for key in _SETTINGS if a.get(key) != b.get(key)]
 
     def _figure(self) -> tuple[Series, ...]:
-        leaks = [name for name in self.rows if name.startswith("leak.")]
+        leaks = [
+            name
+            for name, pair in self.rows.items()
+            if name.startswith("leak.") and any(one and math.isfinite(one.value) for one in pair)
+        ]
         result = []
         for side, model in enumerate(self.names):
             found = [(i, self.rows[name][side], name) for i, name in enumerate(leaks)]
@@ -152,5 +156,7 @@ def compare(a: Report, b: Report, *, names: tuple[str, str] = ("first", "second"
 def _cell(check: Check | None) -> str:
     if check is None:
         return "not run"
+    if math.isnan(check.value):
+        return "not counted"
     word = "" if check.passed is None else f", {text.WORDS[check.passed]}"
     return f"{text.with_interval(check)}{word}"

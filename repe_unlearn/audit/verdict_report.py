@@ -77,7 +77,7 @@ def report(
         series=series,
         facts={
             "verdict": " + ".join((said.name, *said.flags)),
-            "attacker": f"T{said.tier}: {ATTACKERS[said.tier]}",
+            "attacker": ATTACKERS[said.tier],
             "budget": said.budget,
             "why": "\n".join(said.reasons),
             **details,

@@ -230,24 +230,16 @@ def replaced(x: Tensor, batch: Batch, eraser: solvers.QuadraticEraser) -> Tensor
 # ---- measuring
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Bits and bytes of every document, and rows of some sites."""
-
-    bits: list[float]
-    rows: dict[Site, Rows]
-
-
 def measure(
     model: Any, work: Sequence[Batch], texts: int, looks: Sequence[Site], current: list[Batch]
-) -> Measured:
-    """Return the bits of every text without its first token, which nothing predicts."""
+) -> tuple[list[float], dict[Site, Rows]]:
+    """Return the bits of every text without its first token, which nothing predicts, and the rows at some sites."""
     bits = torch.zeros(texts, dtype=torch.float64)
     rows: dict[Site, list[Rows]] = {site: [] for site in looks}
 
     def see(site: Site, x: Tensor) -> None:
         batch = current[0]
-        rows[site].append(Rows(batch.pick(x), batch.labels(x), batch.owners(x)))
+        rows[site].append(Rows(batch.pick(x).float(), batch.labels(x), batch.owners(x)))
 
     with (
         torch.inference_mode(),
@@ -256,12 +248,12 @@ def measure(
         for batch in work:
             current[:] = [batch]
             logits = model(**batch.arguments(), use_cache=False).logits[:, :-1]
-            nll = torch.nn.functional.cross_entropy(logits.mT, batch.ids[:, 1:], reduction="none")
+            nll = torch.nn.functional.cross_entropy(logits.float().mT, batch.ids[:, 1:], reduction="none")
             per_row = (nll.double() * batch.mask[:, 1:]).sum(1) / np.log(2)
             owner = {int(r): int(o) for r, o in zip(batch.row, batch.owner, strict=True)}
             for row, value in enumerate(per_row.tolist()):
                 bits[owner[row]] += value
-    return Measured(bits.tolist(), {site: Rows.joined(parts) for site, parts in rows.items()})
+    return bits.tolist(), {site: Rows.joined(parts) for site, parts in rows.items()}
 
 
 def predicted_bytes(tokenizer: Any, text: str) -> int:
@@ -419,7 +411,7 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], reference: Mapping[str
         style = {"color": colours[method], "zorder": 3}
         for ax, corpus in zip(axes, CORPORA, strict=False):
             if corpus not in some[0]:
-                ax.text(reference[corpus], y, "needs tags ", ha="right", va="center", fontsize=8)
+                ax.text(0.1, y, "no gold tags", va="center", fontsize=8, color=figures.QUIET)
                 continue
             value, low, high = interval(some, corpus)
             ax.hlines(y, low, high, linewidth=2.2, alpha=0.6, **style)
@@ -435,26 +427,16 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], reference: Mapping[str
         ax.grid(True, axis="x", color=figures.GRID, linewidth=0.7)
         ax.spines[["top", "right", "left"]].set_visible(False)
         ax.tick_params(labelsize=9, left=False)
-        ax.set_xlabel("bits per byte (lower is better)", fontsize=9)
+        ax.set_xlabel("bits per byte; dashed: token frequencies alone", fontsize=9)
     for ax, corpus in zip(axes, CORPORA, strict=False):
         ax.axvline(reference[corpus], color=figures.QUIET, linestyle=(0, (4, 3)), linewidth=1)
         ax.set_xlim(0)
     chance = next(iter(runs.values()))[0]["majority"]
     axes[2].axvline(chance, color=figures.QUIET, linestyle=(0, (4, 3)), linewidth=1)
-    axes[2].set_xlabel("accuracy (mean; ticks: sites), dashed: majority", fontsize=9)
+    axes[2].set_xlabel("held-out accuracy (ticks: sites); dashed: majority", fontsize=9)
     axes[2].set_xlim(0, 1)
     axes[0].set_yticks(range(len(runs)), list(runs))
     axes[0].set_ylim(len(runs) - 0.4, -0.6)
-    for ax in axes[:2]:
-        ax.text(
-            0.99,
-            0.02,
-            "dashed: token frequencies alone",
-            transform=ax.transAxes,
-            fontsize=8,
-            ha="right",
-            color=figures.QUIET,
-        )
     return figures.to_svg(figure)
 
 
@@ -493,11 +475,11 @@ class Bench:
                 if method == "quadratic" and corpus != "treebank":
                     continue
                 looks = self.looks() if corpus == "treebank" else []
-                measured = measure(self.model, work, len(self.texts[corpus]), looks, current)
+                bits, rows = measure(self.model, work, len(self.texts[corpus]), looks, current)
                 sizes = [predicted_bytes(self.tokenizer, text) for text in self.texts[corpus]]
-                found[corpus] = {"bits": measured.bits, "bytes": sizes}
+                found[corpus] = {"bits": bits, "bytes": sizes}
                 if looks:
-                    found["probe"], found["majority"] = probe(measured.rows, self.heldout, self.args.rows)
+                    found["probe"], found["majority"] = probe(rows, self.heldout, self.args.rows)
         seconds = {"fit": fitted, "all": time.process_time() - start}
         return found | {"residual": max(residuals, default=None), "cpu_seconds": seconds}
 
@@ -522,7 +504,7 @@ class Bench:
             progress=False,
         )
         rank = max(eraser.rank for eraser in plan.erasers.values())
-        select = "all,specials" if self.args.spare_first else None
+        select = None if self.args.first else "all,specials"
         return apply(self.model, plan, select=select), rank
 
 
@@ -537,19 +519,33 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     result.add_argument("--seeds", type=int, default=3)
     result.add_argument("--sentences", type=int, default=400, help="treebank sentences to fit on")
-    result.add_argument("--documents", type=int, default=60, help="documents to measure on, of each corpus")
+    result.add_argument("--documents", type=int, default=48, help="documents to measure on, of each corpus")
     result.add_argument("--words", type=int, default=100, help="words of a passage")
-    result.add_argument("--rows", type=int, default=3000, help="most held-out rows for the probes")
+    result.add_argument("--rows", type=int, default=4000, help="most held-out rows for the probes")
     result.add_argument("--kinds", nargs="+", default=["resid_pre"], help="kinds of sites")
-    result.add_argument("--spare-first", action="store_true", help="leave the first token of a text as it is")
+    result.add_argument(
+        "--first", action="store_true", help="erase the first token of a text too, on which no eraser is fit"
+    )
+    result.add_argument("--dtype", default="float32", help="of the model; all statistics are float64")
     result.add_argument("--iterations", type=int, default=3, help="of the barycenter of the quadratic eraser")
     return result
+
+
+def _same_settings(args: argparse.Namespace) -> None:
+    """Refuse to mix runs of several settings in one folder."""
+    free = ("data", "out", "svg", "methods", "seeds")
+    settings = {name: value for name, value in vars(args).items() if name not in free}
+    file: Path = args.out / "settings.json"
+    if file.exists() and json.loads(file.read_text("utf-8")) != settings:
+        raise SystemExit(f"{args.out} holds runs of other settings ({file.name}); name another --out")
+    file.write_text(json.dumps(settings), encoding="utf-8")
 
 
 def main() -> None:
     """Compute what is missing and print the table."""
     args = parser().parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    _same_settings(args)
     data: Path = args.data
     fitting = treebank((data / "pos/en_ewt-ud-dev.conllu").read_text("utf-8"), args.words)
     heldout = treebank((data / "pos/en_ewt-ud-test.conllu").read_text("utf-8"), args.words)
@@ -557,7 +553,7 @@ def main() -> None:
     wiki = articles((data / "text/wikitext2-test.txt").read_text("utf-8"), args.words)
     wiki = spread(wiki, args.documents)
     classes = tuple(sorted({tag for p in fitting for _, _, tag, _ in p.words}))
-    model, tokenizer, _ = load(dtype="float32", progress=False)
+    model, tokenizer, _ = load(dtype=args.dtype, progress=False)
     contrasts = {
         "treebank": labelled(heldout, classes),
         "wikitext": Contrast.from_labels([p.text for p in wiki], [i % 2 for i in range(len(wiki))]),
@@ -595,8 +591,6 @@ def main() -> None:
     for line in differences(runs):
         print(line)
     print("\nconcept-erasure:")
-    if not args.methods:
-        return
     for name, said in theirs(model, tokenizer, labelled(fit[:4], classes), classes).items():
         print(f"| `{name}` | {said} |")
     if args.svg:

@@ -106,20 +106,23 @@ def gold(model: nn.Module, tokenizer: Any, facts: Facts, seed: int) -> nn.Module
     return gold_model(facts, seed=seed + 10)[0]
 
 
-# kind -> (how it is made, whether it still knows, verdicts or flags of which one must be found)
-KINDS: dict[str, tuple[Made, bool, tuple[str, ...]]] = {
+# kind -> (how it is made, whether it still knows (None: nobody can tell), verdicts or flags of which one must be found)
+KINDS: dict[str, tuple[Made, bool | None, tuple[str, ...]]] = {
     "never knew": (gold, False, ("NOT_RECOVERED_AT_BUDGET", "INCONCLUSIVE")),
     "random edit": (small, True, ("NOT_FORGOTTEN",)),
     "gradient RMU": (rmu, True, ("HIDDEN", "NOT_FORGOTTEN")),
     "NPO": (npo, True, ("HIDDEN", "OVERSHOOT", "NOT_FORGOTTEN")),
     "closed form, one layer": (closed_form, True, ("HIDDEN", "NOT_FORGOTTEN")),
-    "broken": (broken, True, ("DAMAGED",)),
+    "broken": (broken, None, ("DAMAGED",)),
 }
 
 
-def false(knows: bool, verdict: str) -> bool:
-    """Whether a verdict says the opposite of the truth."""
-    return verdict == "NOT_RECOVERED_AT_BUDGET" if knows else verdict in ("NOT_FORGOTTEN", "HIDDEN")
+def false(knows: bool | None, verdict: str) -> bool:
+    """Whether a verdict says the opposite of the truth, or praises what is broken."""
+    if knows is None:
+        return verdict == "NOT_RECOVERED_AT_BUDGET"
+    name = verdict.split(" + ")[0]
+    return name == "NOT_RECOVERED_AT_BUDGET" if knows else name in ("NOT_FORGOTTEN", "HIDDEN")
 
 
 def main() -> None:
@@ -150,7 +153,7 @@ def main() -> None:
             checks = {c.name: c for c in report.checks}
             worst = checks["verdict"]
             asked = checks["leak.behaviour.unseen"].value
-            is_false, fits = false(knows, words.split(" + ")[0]), any(one in words for one in expected)
+            is_false, fits = false(knows, words), any(one in words for one in expected)
             wrong, total = wrong + is_false, total + 1
             name = worst.note.partition("(")[2].partition(")")[0]
             mark = "FALSE" if is_false else "yes" if fits else "no"

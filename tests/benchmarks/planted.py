@@ -1,0 +1,69 @@
+"""The table of unlearning.py on planted facts: a small model is taught them here, so what it knows is known exactly.
+
+The facts are about people who do not exist, answers are balanced and independent, and each relation has eight answers: an
+accuracy of 1/8 is chance. The model (four layers, width 96) is trained once, in about a minute, and kept on disk. The last
+row is the model that was never taught what is to be forgotten.
+
+    python tests/benchmarks/planted.py --out planted-runs --tune
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from plantedkit import gold_model, neutral_text, planted_model
+from unlearning import _print, _row, parser, run
+
+from repe_unlearn.facts import Facts
+from repe_unlearn.measured import measure
+from repe_unlearn.methods import METHODS
+
+# What suits a model of four layers: larger learning rates, smaller ridges.
+FIXED = {
+    **{
+        name: {"layers": [1, 2, 3], "alpha": 1.0, "ridge": 0.1}
+        for name in METHODS
+        if name.startswith("closed_form")
+    },
+    **{name: {"layer": 2, "steps": 60, "lr": 1e-2, "alpha": 10.0} for name in ("rmu", "rmu_adaptive")},
+    **{name: {"lr": 1e-3} for name in ("grad_ascent", "grad_diff", "npo", "simnpo")},
+    "influence": {"gain": 0.01},
+}
+_CLOSED = {"ridge": [0.03, 0.1, 1.0], "beta": [1.0, 10.0]}
+GRIDS = {
+    **{name: _CLOSED for name in METHODS if name.startswith("closed_form")},
+    "rmu": {"lr": [1e-3, 3e-3, 1e-2], "alpha": [10.0, 100.0]},
+    "rmu_adaptive": {"lr": [1e-3, 3e-3, 1e-2], "alpha": [10.0, 100.0]},
+    "grad_ascent": {"lr": [3e-4, 1e-3, 3e-3], "steps": [5, 10]},
+    "grad_diff": {"lr": [3e-4, 1e-3, 3e-3], "steps": [20, 40]},
+    "npo": {"lr": [3e-4, 1e-3, 3e-3], "steps": [20, 40]},
+    "simnpo": {"lr": [3e-4, 1e-3, 3e-3], "gamma": [0.125, 1.0]},
+    "influence": {"gain": [0.003, 0.01, 0.03], "damping": [0.1, 1.0]},
+    "fisher_dampening": {"alpha": [0.3, 1.0, 3.0], "bound": [0.1, 0.5]},
+    "selective_pruning": {"fraction": [0.01, 0.03, 0.06, 0.1, 0.2, 0.3]},
+    "random": {"relative": [0.02, 0.1, 0.3, 0.6, 1.0, 2.0]},
+}
+
+
+def main() -> None:
+    """Run the benchmark on the small model."""
+    args = parser(__doc__).parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    facts = Facts.builtin(
+        "planted", neighbours=1, **({"forget": 12, "retain": 24, "decoys": 8} if args.quick else {})
+    )
+    texts = neutral_text(facts)[:: 4 if args.quick else 1]
+    model, tokenizer = planted_model(facts)
+    fixed = {name: {**how, "texts": texts} if "ridge" in how else how for name, how in FIXED.items()}
+    run(model, tokenizer, facts, args, grids=GRIDS, fixed=fixed, texts=texts, figure=args.out / "pareto.svg")
+    before = measure(model, tokenizer, facts, texts=texts[:1], progress=False)
+    gold = measure(
+        gold_model(facts)[0], tokenizer, facts, texts=texts[:1], method="never knew", progress=False
+    )
+    _print(_row("never knew", gold, before, {}))
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ from .activations import capture, gather
 from .answers import Answers, answers
 from .architectures import Architecture
 from .audit import Check, Report, verify
+from .closed_form import closed_form
 from .concepts import Concepts
 from .contrast import Contrast, Example
 from .difference import diff
@@ -71,6 +72,7 @@ __all__ = [
     "apply",
     "bake",
     "capture",
+    "closed_form",
     "diff",
     "discover",
     "export",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -49,6 +50,12 @@ def audit(
         "report"
     ),
     level: Annotated[str, typer.Option(help="quick, standard or full.")] = "standard",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="In place of the attacks of the level: one by name (relearn.facts) or kind (relearn); may be repeated."
+        ),
+    ] = None,
     minutes: Annotated[
         float | None,
         typer.Option(help="Most minutes; attacks that do not fit are left out, and the report lists them."),
@@ -97,13 +104,14 @@ def audit(
             loaded.tokenizer,
             known,
             level=level,
+            only=only or None,
             minutes=minutes,
             gold=load(gold, progress=not quiet).model if gold else None,
             tier_limit=tier,
             seed=seed,
             seeds=seeds,
             resume=resume,
-            command=_command(base, edited, facts, level, minutes, gold, tier, seeds, seed),
+            command=_command(base, edited, facts, level, only or (), minutes, gold, tier, seeds, seed),
             progress=not quiet,
         )
         page = report.save(out, force=force)
@@ -131,6 +139,7 @@ def _command(
     edited: str,
     facts: str,
     level: str,
+    only: Sequence[str],
     minutes: float | None,
     gold: str,
     tier: int,
@@ -138,6 +147,7 @@ def _command(
     seed: int,
 ) -> str:
     words = ["repe-unlearn", "audit", base, edited, "--facts", facts, "--level", level]
+    words += [word for name in only for word in ("--only", name)]
     words += ["--minutes", f"{minutes:g}"] if minutes else []
     words += ["--gold", gold] if gold else []
     words += ["--tier", str(tier), "--seeds", str(seeds), "--seed", str(seed)]

@@ -54,10 +54,10 @@ class Outlook:
 
     @property
     def chosen(self) -> tuple[int, ...]:
-        """The blocks to edit: those with a weight that takes away at least half of what the best one does."""
+        """The blocks to edit: those with a weight that takes away at least three quarters of what the best one does."""
         most = 1 - self.best[1].remaining
         return tuple(
-            sorted({self.layers[s] for s, p in self.predictions.items() if 1 - p.remaining >= most / 2})
+            sorted({self.layers[s] for s, p in self.predictions.items() if 1 - p.remaining >= 0.75 * most})
         )
 
     @property

@@ -211,12 +211,18 @@ def test_the_command_line_writes_a_report_and_exits_with_3_unless_it_is_gone(tmp
     facts = FACTS.to_jsonl(tmp_path / "facts.jsonl")
     out = tmp_path / "report"
     words = ["audit", str(tmp_path / "base"), str(patch or tmp_path / "patch.safetensors")]
-    words += ["--facts", str(facts), "--level", "quick", "--tier", "0", "--quiet", "--out", str(out)]
+    words += ["--facts", str(facts), "--tier", "0", "--quiet", "--out", str(out), "--only"]
+    unknown = CliRunner().invoke(app, [*words, "magic"])
+    assert unknown.exit_code == 1
+    assert "'magic'" in unknown.output
+    words += ["behaviour"]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 3, done.output
     assert "NOT_FORGOTTEN" in done.output
     report = Report.from_json((out / "report.json").read_text())
     assert report.facts["command"].startswith("repe-unlearn audit ")
+    assert "--only behaviour" in report.facts["command"]
+    assert {c.name.split(".")[1] for c in report.checks if c.name.startswith("leak.")} == {"behaviour"}
     again = CliRunner().invoke(app, words)
     assert again.exit_code == 1
     assert "already there" in " ".join(again.output.split())

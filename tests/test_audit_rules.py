@@ -14,7 +14,7 @@ import torch
 from textkit import text_model, text_tokenizer
 from torch import nn
 
-from repe_unlearn.audit import attacks, examine
+from repe_unlearn.audit import attacks, examine, retention
 from repe_unlearn.audit.budget import Budget
 from repe_unlearn.audit.controls import compared, subjects
 from repe_unlearn.audit.leak import leaks
@@ -230,3 +230,84 @@ def test_a_series_of_rows_needs_a_name_for_each() -> None:
     with pytest.raises(InputError, match="rows"):
         Series("x", "edited", (0, 1), (0.1, 0.2), rows=("one",))
     assert json.dumps(Series("x", "edited", (0,), (0.1,), rows=("one",)).rows) == '["one"]'
+
+
+def test_fewer_wordings_are_of_the_same_facts() -> None:
+    templates = {"r": {"seen": ("{subject} a", "{subject} b", "{subject} c"), "unseen": ("{subject} d",)}}
+    many = dataclasses.replace(FACTS, templates=templates)
+    few = examine._brief(many, 2)
+    assert few.facts == many.facts
+    assert {q.template for q in few.questions("seen", "unseen")} == {
+        "{subject} a",
+        "{subject} b",
+        "{subject} d",
+    }
+    assert examine._brief(many, 9).questions("seen") == many.questions("seen")
+
+
+def case(facts: Facts) -> attacks.Case:
+    model = text_model()
+    edited = copy.deepcopy(model)
+    edited.lm_head.weight.data += 1
+    return attacks.Case(text_tokenizer(), facts, facts, edited, model, None, ())
+
+
+def test_all_models_are_attacked_with_the_directions_of_the_edit_against_the_intact_original(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before, used = [], []
+
+    def find(
+        edited: nn.Module, tokenizer: object, facts: Facts, *, base: nn.Module, progress: bool
+    ) -> list[str]:
+        before.append((edited, base.lm_head.weight.clone()))
+        return ["one"]
+
+    monkeypatch.setattr(attacks, "ablations", find)
+    monkeypatch.setattr(attacks, "ablation", lambda *args, which, **_: used.append(tuple(which)))
+    here = case(FACTS)
+    (row,) = (one for one in attacks.ATTACKS if one.name == "ablation")
+    assert row.prepare is not None
+    row.prepare(here)
+    intact = here.base.lm_head.weight.clone()
+    here.base.lm_head.weight.data += 5  # what a random edit does to it
+    row.prepare(here)
+    row.run(here, here.base, 0)
+    assert used == [("one",)]
+    assert len(before) == 1
+    assert before[0][0] is here.edited
+    assert torch.equal(before[0][1], intact)
+    compares = {one.name for one in attacks.ATTACKS if not one.random}
+    assert "depth" in compares  # a random edit of the original cannot be held against the original itself
+
+
+@pytest.mark.parametrize(("answers", "used"), [("shared", "probe"), ("own", "lens")])
+def test_where_no_answer_can_be_learnt_the_way_to_the_head_is(
+    answers: str, used: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = [Fact(f"s{i}", "r", "Rome", ("Oslo",), "forget") for i in range(4)]
+    told += [
+        Fact(f"k{i}", "r", "Rome" if answers == "shared" else "Lima", ("Oslo",), "retain") for i in range(4)
+    ]
+    called = []
+    monkeypatch.setattr(attacks, "probe", lambda *_, kind, **__: called.append("probe"))
+    monkeypatch.setattr(
+        attacks, "lens", lambda *_, tuned=False, **__: called.append("lens" if tuned else "untuned")
+    )
+    here = case(dataclasses.replace(FACTS, facts=tuple(told)))
+    (row,) = (one for one in attacks.ATTACKS if one.name == "probe")
+    row.run(here, here.base, 0)
+    assert set(called) == {used}
+
+
+def test_at_most_64_facts_of_a_role_are_asked_for_damage() -> None:
+    facts = dataclasses.replace(
+        FACTS,
+        facts=tuple(
+            Fact(f"s{i}", "r", "Rome", ("Oslo",), "retain" if i < 90 else "neighbour") for i in range(100)
+        ),
+    )
+    chosen = retention._some(facts, ("retain", "neighbour"), 0)
+    assert len(chosen) == 64 + 10
+    assert chosen >= set(range(90, 100))
+    assert retention._some(facts, ("retain",), 0) != retention._some(facts, ("retain",), 1)

@@ -23,7 +23,8 @@ from tests.rowkit import CASES
 from tests.tiny import D
 
 DOCS = Path(__file__).parent.parent / "docs"
-PAGES = sorted(DOCS.glob("*.md"))
+README = DOCS.parent / "README.md"
+PAGES = sorted(DOCS.rglob("*.md"))
 BAKED: tuple[Kind, ...] = ("attn_in", "cross_in", "mlp_in", "final", "attn_out", "cross_out", "mlp_out")
 
 
@@ -165,12 +166,59 @@ def test_the_code_block_about_training_prompts_holds() -> None:
         exec(compile(block.replace("solvers.leace(Moments.of(x, z))(x)", "x"), "faq.md", "exec"), {})
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*PAGES, README], ids=lambda p: p.stem)
 def test_relative_links_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
-        assert (DOCS / target).is_file(), f"{path.name} links to {target}"
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", path.read_text(encoding="utf-8")):
+        page = path.parent / target if target else path
+        assert page.exists(), f"{path.name} links to {target}"
+        if anchor and page.suffix == ".md":
+            assert anchor in anchors(page), f"{path.name} links to {target}#{anchor}"
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    own = {m[1] for title in titles if (m := re.search(r"\{ #(\S+) \}", title))}
+    return own | {re.sub(r"[^\w\- ]", "", title).strip().lower().replace(" ", "-") for title in titles}
+
+
+def test_anchors_are_those_of_headings() -> None:
+    found = anchors(DOCS / "faq.md")
+    assert {"the-bfloat16-floor", "an-eraser-is-a-matrix"} <= found
+    assert "an-eraser-is-no-matrix" not in found
 
 
 def test_every_page_is_in_the_navigation() -> None:
     nav = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
-    assert {p.name for p in PAGES} == set(re.findall(r": (\w+\.md)$", nav, re.MULTILINE))
+    listed = re.findall(r": ([\w/-]+\.md)$", nav, re.MULTILINE)
+    assert {p.relative_to(DOCS).as_posix() for p in PAGES} == set(listed)
+    assert len(listed) == len(set(listed))
+
+
+def test_the_list_of_references_and_the_bibliography_are_one() -> None:
+    page, bib = ((DOCS / f"references.{end}").read_text(encoding="utf-8") for end in ("md", "bib"))
+    entries = dict(re.findall(r"^@\w+\{(\w+),.*?eprint = \{([\d.]+)\}", bib, re.MULTILINE | re.DOTALL))
+    rows = re.findall(r"^\| `(\w+)` \|.*\[([\d.]+)\]\(https://arxiv.org/abs/([\d.]+)\)", page, re.MULTILINE)
+    assert {key: number for key, number, _ in rows} == entries
+    assert all(number == link for _, number, link in rows)
+    assert len(entries) == bib.count("\n@") + bib.startswith("@")
+
+
+def test_papers_that_docstrings_name_are_in_the_bibliography() -> None:
+    bib = (DOCS / "references.bib").read_text(encoding="utf-8")
+    named = {
+        number
+        for path in (DOCS.parent / "repe_unlearn").rglob("*.py")
+        for number in re.findall(r"arXiv:? ?(\d{4}\.\d{4,5})", path.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 10
+    assert sorted(number for number in named if number not in bib) == []
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    text = (DOCS / "reference.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"^::: repe_unlearn\.(?:\w+\.)*(\w+)$", text, re.MULTILINE))
+    modules = {name for name in repe_unlearn.__all__ if isinstance(getattr(repe_unlearn, name), ModuleType)}
+    assert sorted(set(repe_unlearn.__all__) - modules - listed - {"Example"}) == []
+    for name in modules:  # at least one name of each
+        assert re.search(rf"^::: repe_unlearn\.{name}\.", text, re.MULTILINE), name

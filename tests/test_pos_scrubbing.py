@@ -269,3 +269,12 @@ def test_table_and_figure_show_every_method_and_say_what_is_missing() -> None:
     svg = pos.draw(runs, {"treebank": 3.0, "wikitext": 2.0})
     assert all(method in svg for method in (*pos.METHODS, "bits per byte", "no gold tags"))
     assert next(pos.differences(runs)).startswith("random - none, treebank: +0.000")
+
+
+def test_results_go_between_the_markers_of_a_page() -> None:
+    page = "a\n<!-- results: begin -->\nold\n<!-- results: end -->\nb\n"
+    once = pos.filled(page, "new")
+    assert once == "a\n<!-- results: begin -->\n\nnew\n\n<!-- results: end -->\nb\n"
+    assert pos.filled(once, "new") == once
+    with pytest.raises(SystemExit, match="results: begin"):
+        pos.filled("a page without them", "new")

@@ -33,18 +33,16 @@ QUIET = {"progress": False, "forms": ("seen",)}
 
 @pytest.mark.parametrize("facts", [SMALL, PLANTED], ids=["small", "planted"])
 def test_what_is_taught_is_never_asked(facts: Facts):
-    asked = {}
+    whole = {f.subject for f in facts if f.role == "forget"}
     for arm in ARMS:
         samples, besides = lesson(facts, arm)
         text = "\n".join(s.text for s in samples)
         left = [f for i, f in enumerate(facts) if i not in besides and f.role in ("forget", "decoy")]
         assert not any(f.subject in text for f in left)
-        asked[arm] = {f.subject for f in left if f.role == "forget"}
-        half = {f.subject for f in facts if f.role == "forget"} - asked[arm]
-        assert len(half) == len(asked[arm])
-        assert any(subject in text for subject in half) == (arm == "facts")
+        asked = {f.subject for f in left if f.role == "forget"}
+        assert len(asked) == len(whole) // (2 if arm == "facts" else 1)
+        assert any(subject in text for subject in whole) == (arm == "facts")
         assert (len(left) > len([f for f in left if f.role == "forget"])) or arm != "decoy"
-    assert len({frozenset(a) for a in asked.values()}) == 1  # all arms ask the same
 
 
 def test_decoys_are_taught_made_up_answers():
@@ -65,6 +63,7 @@ def test_facts_come_with_as_many_retained_ones():
     names = {f.subject: f.role for f in PLANTED}
     roles = [next(role for name, role in names.items() if name in s.text) for s in samples]
     assert roles.count("forget") == roles.count("retain") == len(samples) // 2
+    assert besides
     assert all(PLANTED.facts[i].role == "forget" for i in besides)
 
 

@@ -191,13 +191,13 @@ def test_what_is_foreseen_is_what_the_edit_does() -> None:
         foresee(model, tokenizer, FACTS, distortion=1e-9, **how)
 
 
-def test_layers_that_do_half_as_much_as_the_best_are_chosen() -> None:
+def test_layers_that_do_three_quarters_as_much_as_the_best_are_chosen() -> None:
     def row(alpha: float, remaining: float) -> Prediction:
         return Prediction(alpha, remaining, 0.02, math.nan, 3.0, 0.1)
 
     sites = [Site(f"model.layers.{i}.mlp.down_proj", "input") for i in range(3)]
     outlook = Outlook(
-        dict(zip(sites, (row(1.0, 0.9), row(4.0, 0.2), row(1.0, 0.5)), strict=True)),
+        dict(zip(sites, (row(1.0, 0.6), row(4.0, 0.2), row(1.0, 0.3)), strict=True)),
         {site: i for i, site in enumerate(sites)},
         0.02,
     )

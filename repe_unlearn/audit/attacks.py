@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, get_args
 
 from torch import nn
 
-from repe_unlearn.audit.ablation import ablation, ablations
+from repe_unlearn.audit.ablation import Ablation, ablation, ablations
 from repe_unlearn.audit.behaviour import behaviours
 from repe_unlearn.audit.budget import kind_of
 from repe_unlearn.audit.depth import depth
@@ -19,10 +19,11 @@ from repe_unlearn.audit.relearning import RATES, RATES_SMALL, SMALL, Arm, relear
 from repe_unlearn.audit.sampling import leak_at_k
 from repe_unlearn.audit.scores import Scores, Tier
 from repe_unlearn.errors import InputError
-from repe_unlearn.facts import FORMS, Facts
+from repe_unlearn.facts import FORMS, Facts, Role
 
 Level = Literal["quick", "standard", "full"]
 LEVELS: tuple[Level, ...] = get_args(Level)
+COMPARED: tuple[Role, ...] = ("forget", "decoy")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,18 +33,22 @@ class Case:
     Attributes:
         tokenizer: of all models.
         facts: what is asked.
+        brief: the same facts in fewer wordings, for attacks that ask after every try.
         edited: the edited model.
         base: the original.
         gold: a model that never knew, or None.
         texts: neutral texts.
+        directions: of the edit, for ``ablation``; found once, while the original is as it was.
     """
 
     tokenizer: Any
     facts: Facts
+    brief: Facts
     edited: nn.Module
     base: nn.Module
     gold: nn.Module | None
     texts: Sequence[str]
+    directions: list[Ablation] = field(default_factory=list)
 
 
 Run: TypeAlias = Callable[[Case, nn.Module, int], Sequence[Scores]]
@@ -57,10 +62,11 @@ class Attack:
         name: of the attack.
         tier: the attacker that it needs.
         level: the first level that has it.
-        passes: cost on one model, in passes of the seen and unseen questions through it (measured).
+        passes: cost on one model, in passes of the seen and unseen questions of ``Case.brief`` through it (measured).
         run: (case, model, seed) -> scores, one entry for every wording or reader that stands by itself.
+        prepare: called before any model is attacked; the random edit changes the original while it is looked at.
         seeds: draws at random, so the full level repeats it.
-        random: run it on the random edit too; expensive attacks are only at the full level.
+        random: run it on the random edit too; not what trains, nor what compares with the original.
     """
 
     name: str
@@ -70,40 +76,52 @@ class Attack:
     run: Run
     seeds: bool = False
     random: bool = True
+    prepare: Callable[[Case], None] | None = None
 
 
 def _behaviour(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
-    options = {"forms": FORMS, "roles": ("forget", "decoy"), "seed": seed, "progress": False}
+    options = {"forms": FORMS, "roles": COMPARED, "seed": seed, "progress": False}
     return behaviours(model, case.tokenizer, case.facts, **options)
+
+
+def _directions(case: Case) -> None:
+    if not case.directions:
+        case.directions.extend(
+            ablations(case.edited, case.tokenizer, case.brief, base=case.base, progress=False)
+        )
 
 
 def _ablation(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
     # All models are attacked with the directions of the edited one.
-    which = ablations(case.edited, case.tokenizer, case.facts, base=case.base, progress=False)
-    return [ablation(model, case.tokenizer, case.facts, which=which, progress=False)]
+    return [ablation(model, case.tokenizer, case.brief, which=case.directions, progress=False)]
 
 
 def _lens(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
-    return [lens(model, case.tokenizer, case.facts, seed=seed, progress=False)]
+    return [lens(model, case.tokenizer, case.brief, roles=COMPARED, seed=seed, progress=False)]
 
 
 def _probes(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
     kinds = probes(case.facts)
+    if kinds == ("embedding",):
+        # No answer to be forgotten is among those that a probe can learn: learn the way to the head instead.
+        return [
+            lens(model, case.tokenizer, case.brief, roles=COMPARED, tuned=True, seed=seed, progress=False)
+        ]
     return [probe(model, case.tokenizer, case.facts, kind=kind, seed=seed, progress=False) for kind in kinds]
 
 
 def _sampled(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
-    return [leak_at_k(model, case.tokenizer, case.facts, seed=seed, progress=False)]
+    return [leak_at_k(model, case.tokenizer, case.facts, roles=COMPARED, seed=seed, progress=False)]
 
 
 def _depth(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
     options = {"base": case.base, "gold": case.gold, "seed": seed, "progress": False}
-    return [depth(model, case.tokenizer, case.facts, **options)]
+    return [depth(model, case.tokenizer, case.brief, **options)]
 
 
 def _perturbed(change: str) -> Run:
     def run(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
-        return [perturbation(model, case.tokenizer, case.facts, change=change, seed=seed, progress=False)]
+        return [perturbation(model, case.tokenizer, case.brief, change=change, seed=seed, progress=False)]
 
     return run
 
@@ -114,7 +132,7 @@ def _relearned(arm: Arm, *, steps: Sequence[int] = (5, 10, 20), full: bool = Fal
         # A large model takes a minute per rate, so all of them only where there is time.
         rates = None if full else RATES_SMALL[1:] if small else RATES[1:2]
         options = {"steps": steps, "rates": rates, "texts": case.texts, "seed": seed, "progress": False}
-        return [relearning(model, case.tokenizer, case.facts, arm=arm, **options)]
+        return [relearning(model, case.tokenizer, case.brief, arm=arm, **options)]
 
     return run
 
@@ -125,7 +143,7 @@ _LONG = {"steps": (5, 10, 20, 40), "full": True}
 # Behaviour comes first: without it no verdict. Retention is measured before the attacks.
 ATTACKS: tuple[Attack, ...] = (
     Attack("behaviour", "T0", "quick", 3.0, _behaviour),
-    Attack("ablation", "T1", "quick", 9.0, _ablation),
+    Attack("ablation", "T1", "quick", 9.0, _ablation, prepare=_directions),
     Attack("lens", "T1", "quick", 4.0, _lens),
     Attack("probe", "T1", "standard", 8.0, _probes),
     Attack("relearn.retain_only", "T2", "standard", 30.0, _relearned("retain_only"), random=False),
@@ -133,7 +151,7 @@ ATTACKS: tuple[Attack, ...] = (
     Attack("perturb.int8", "T2", "standard", 1.0, _perturbed("int8")),
     Attack("perturb.int4", "T2", "standard", 1.0, _perturbed("int4")),
     Attack("sampling", "T0", "standard", 10.0, _sampled, seeds=True),
-    Attack("depth", "T1", "full", 20.0, _depth),
+    Attack("depth", "T1", "full", 20.0, _depth, random=False),
     Attack("perturb.prune30", "T2", "full", 1.0, _perturbed("prune30")),
     Attack("perturb.noise", "T2", "full", 1.0, _perturbed("noise"), seeds=True),
     Attack("relearn.benign", "T2", "full", 30.0, _relearned("benign", **_LONG), random=False, seeds=True),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import platform
@@ -39,6 +40,8 @@ from repe_unlearn.patch import Patch
 from repe_unlearn.plan import ErasurePlan
 
 ASKED = "behaviour.unseen"
+WORDINGS, OFTEN = 2, 1
+"""Wordings of a form below the full level, and of what is asked again for every try of an attack."""
 Found = dict[str, dict[str, Scores]]
 """Attack -> name of the model -> scores."""
 
@@ -82,7 +85,8 @@ def audit(
         facts: what was to be forgotten and what was to stay; roles ``forget`` and, without ``gold``, ``decoy`` with at
             least 8 facts each (16 for a verdict), and best ``retain`` and ``neighbour``.
         level: ``"quick"`` (asking, ablation, lens), ``"standard"`` (also probes, relearning, rounding, sampling) or
-            ``"full"`` (everything, random attacks repeated).
+            ``"full"`` (everything, random attacks repeated, all wordings); below full, two wordings of every form, and one
+            where an attack asks again after every try.
         only: attacks to run in place of those of the level, by name (``"relearn.facts"``) or kind (``"relearn"``).
         minutes: most wall time; attacks that do not fit are left out, and the report lists them.
         gold: a model of the same shape that never knew.
@@ -119,9 +123,10 @@ def audit(
     clock, store = Budget(minutes), Stored(resume)
     models = subjects(base, edited, gold, seed=seed)
     everyone, facts = facts, _known(base, tokenizer, facts) if known else facts
+    facts, brief = (facts, facts) if level == "full" else (_brief(facts, WORDINGS), _brief(facts, OFTEN))
     _require_enough(facts, gold is not None)
     with models[EDITED].enter() as model:
-        case = Case(tokenizer, facts, base if hook else model, base, gold, neutral)
+        case = Case(tokenizer, facts, brief, base if hook else model, base, gold, neutral)
     bench = _Bench(case, models, store, clock, seed, progress)
 
     harms = bench.harms(lines)
@@ -204,7 +209,9 @@ class _Bench:
         )
         self._facts = hashlib.blake2b(state.encode(), digest_size=8).hexdigest()
         begun = time.perf_counter()
-        answers(case.base, case.tokenizer, facts, "seen", "unseen", roles=("forget", "decoy"), progress=False)
+        answers(
+            case.base, case.tokenizer, case.brief, "seen", "unseen", roles=("forget", "decoy"), progress=False
+        )
         clock.seconds_per_pass = time.perf_counter() - begun
 
     def key(self, *names: str, turn: int = 0) -> dict[str, str]:
@@ -224,6 +231,8 @@ class _Bench:
             return {}
         begun = time.perf_counter()
         results: dict[str, Sequence[Scores]] = {}
+        if missing and row.prepare:
+            row.prepare(self.case)
         for one in names:
             there = kept[one]
             if there is not None:
@@ -280,6 +289,15 @@ def _known(base: nn.Module, tokenizer: Any, facts: Facts) -> Facts:
     said = answers(base, tokenizer, facts, "seen", roles=("forget",), progress=False)
     right = said.per_fact(said.chosen)
     return facts.having(i for i, fact in enumerate(facts) if fact.role != "forget" or right.get(i, 0.0) > 0.5)
+
+
+def _brief(facts: Facts, most: int) -> Facts:
+    """Return the same facts with fewer wordings of every form: what counts is facts, time goes by questions."""
+    few = {
+        relation: {form: wordings[:most] for form, wordings in forms.items()}
+        for relation, forms in facts.templates.items()
+    }
+    return dataclasses.replace(facts, templates=few)
 
 
 def _require_enough(facts: Facts, gold: bool) -> None:

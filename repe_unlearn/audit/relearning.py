@@ -47,10 +47,10 @@ def relearning(
 ) -> Scores:
     """Return the scores of facts that were never trained on after the training that brought back most.
 
-    What is asked is the same in all arms, for one seed: one half of the subjects to be forgotten (``split_relearn``), and
-    decoys. What is trained on:
+    Asked is what is to be forgotten and was not trained on, and decoys. What is trained on:
 
-    - ``facts``: the other half, and as many retained facts;
+    - ``facts``: one half of the subjects to be forgotten (``split_relearn``), and as many retained facts; only the other
+      half is asked. All other arms ask everything that is to be forgotten;
     - ``retain_only``: retained facts. Nothing is said of what is to be forgotten, so what comes back was there;
     - ``decoy``: half of the decoys, with made-up answers, in the same wordings; the other half is asked;
     - ``benign``: sentences of texts that have nothing to do with it.
@@ -165,21 +165,19 @@ def lesson(
 ) -> tuple[list[Sample], frozenset[int]]:
     """Return what an arm trains on, and the indices of the facts that may not be asked afterwards.
 
-    In every arm these are the facts of the taught half of the subjects to be forgotten, so that all arms ask the same;
-    in the arm ``decoy`` also the decoys that are taught.
+    These are the facts to be forgotten about the taught half of the subjects (arm ``facts``) and the taught decoys (arm
+    ``decoy``); the other arms teach nothing that is asked.
 
     Raises:
         NotEnoughDataError: no facts of a role that the arm needs.
     """
-    half = {f.subject for f in facts.split_relearn(seed)[0]}
-    taught = {i for i, f in enumerate(facts) if f.role == "forget" and f.subject in half}
     rng = random.Random(seed)
     if arm == "benign":
         # Sentences, because passages are longer than the questions, and than small models take.
         found = [s for text in texts for s in re.split(r"(?<=[.!?])\s+", text.strip()) if s]
         if not found:
             raise NotEnoughDataError("got no texts to train on; the arm 'benign' needs some.")
-        return [Sample("", sentence) for sentence in found], frozenset(taught)
+        return [Sample("", sentence) for sentence in found], frozenset()
     if arm == "decoy":
         subjects = sorted({f.subject for f in facts if f.role == "decoy"})
         chosen = set(rng.sample(subjects, len(subjects) // 2))
@@ -193,15 +191,16 @@ def lesson(
                 f"{facts.name!r} has {len(subjects)} decoy subjects; the arm 'decoy' needs two at least."
             )
         questions = (q for q in facts.questions("seen", roles=["decoy"]) if q.fact in made_up)
-        return [Sample(q.prompt, f" {made_up[q.fact]}") for q in questions], frozenset(taught | set(made_up))
+        return [Sample(q.prompt, f" {made_up[q.fact]}") for q in questions], frozenset(made_up)
     retained = [i for i, f in enumerate(facts) if f.role == "retain"]
     if not retained:
         raise NotEnoughDataError(
             f"{facts.name!r} has no facts with the role retain; the arm {arm!r} needs some."
         )
+    taught, learned = set[int](), set(retained)
     if arm == "facts":
+        half = {f.subject for f in facts.split_relearn(seed)[0]}
+        taught = {i for i, f in enumerate(facts) if f.role == "forget" and f.subject in half}
         learned = {*taught, *rng.sample(retained, min(len(taught), len(retained)))}
-    else:
-        learned = set(retained)
     questions = (q for q in facts.questions("seen") if q.fact in learned)
     return [Sample(q.prompt, q.answer) for q in questions], frozenset(taught)

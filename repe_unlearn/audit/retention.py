@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
@@ -22,6 +23,7 @@ from repe_unlearn.placement import input_device
 Enter: TypeAlias = Callable[[], AbstractContextManager[nn.Module]]
 
 TEXTS = 48  # of retained facts, for KL and perplexity
+FACTS = 64  # of every role, asked whether they are still known
 _OPENING, _NEW = 6, 24  # tokens of a neutral text that generation begins with, and tokens that it adds
 
 
@@ -125,7 +127,7 @@ def retention(
         tokenizer: of both models.
         before: context in which the original stands.
         after: context in which the edited model stands.
-        facts: with the roles retain and neighbour, as far as there are such facts.
+        facts: with the roles retain and neighbour, as far as there are such facts; up to 64 of each are asked.
         neutral: texts that have nothing to do with what was to be forgotten.
         lines: limits of damage; None: the defaults.
         seed: of bootstrap and choice.
@@ -139,7 +141,9 @@ def retention(
         sentences = facts.training_text(*kept, seed=seed)[:TEXTS]
         if len(sentences) >= FEWEST:
             measures += distance(tokenizer, before, after, sentences, name="retain", lines=lines, seed=seed)
+        chosen = _some(facts, kept, seed)
         asked = facts.questions("unseen", roles=kept) or facts.questions("seen", roles=kept)
+        asked = tuple(q for q in asked if q.fact in chosen)
         with before() as model:
             old = answers(model, tokenizer, facts, questions=asked, progress=False)
         with after() as model:
@@ -148,6 +152,15 @@ def retention(
             name = "retained" if role == "retain" else "neighbours"
             measures += filter(None, [drop(old, new, role, name=name, lines=lines, seed=seed)])
     return tuple(measures)
+
+
+def _some(facts: Facts, roles: Sequence[Role], seed: int) -> set[int]:
+    """Return the indices of at most ``FACTS`` facts of every role."""
+    chosen = set[int]()
+    for role in roles:
+        there = [i for i, fact in enumerate(facts) if fact.role == role]
+        chosen.update(random.Random(seed).sample(there, min(FACTS, len(there))))
+    return chosen
 
 
 def fluent(

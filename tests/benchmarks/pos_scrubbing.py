@@ -1,12 +1,14 @@
-"""What does it cost a language model to lose parts of speech? Token-level scrubbing, as Table 1 of the LEACE paper.
+r"""What does it cost a language model to lose parts of speech? Token-level scrubbing, as Table 1 of the LEACE paper.
 
 SmolLM2-135M, erasers at the input of every block, fit one after the other (``fit_sequential``) on passages of the English
-Web Treebank (dev) and applied to every token. Measured: bits per byte on passages of its test part and of WikiText-2, one
-passage a document, and what a linear probe still reads off the erased stream. ``quadratic`` needs the tag of every
-token at run time, so it is fit in a loop of its own and measured on the treebank only, with gold tags. Last, what
+Web Treebank (dev) and applied to every token but the first, which is an attention sink that no eraser is fit on. Measured:
+bits per byte on passages of its test part and of WikiText-2, one passage a document, and what a linear probe still reads
+off the erased stream. ``splince`` keeps the number of the word in its sentence. ``quadratic`` needs the tag of every token
+at run time, so it is fit in a loop of its own and measured on the treebank only, with gold tags. Last, what
 concept-erasure's own scrubbing does with this model.
 
-    python tests/benchmarks/pos_scrubbing.py --data FOLDER --out RESULTS --svg docs/figures/pos-scrubbing.svg
+    python tests/benchmarks/pos_scrubbing.py --data FOLDER --out RESULTS --svg docs/figures/pos-scrubbing.svg \
+        --page docs/pos.md
 
 FOLDER holds pos/en_ewt-ud-{dev,test}.conllu and text/wikitext2-{test,valid}.txt. Every (method, seed) is one JSON file in
 RESULTS; a file that is there is not computed again. A seed chooses the fitting passages and the random directions.
@@ -397,6 +399,15 @@ def differences(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Iterator[str
                 yield f"{a} - {b}, {corpus}: {value:+.3f} [{low:+.3f}, {high:+.3f}] bits per byte"
 
 
+def filled(page: str, report: str) -> str:
+    """Return the page with the report between its markers."""
+    head, begin, rest = page.partition("<!-- results: begin -->\n")
+    _, end, tail = rest.partition("<!-- results: end -->")
+    if not (begin and end):
+        raise SystemExit("the page needs the lines <!-- results: begin --> and <!-- results: end -->")
+    return f"{head}{begin}\n{report}\n\n{end}{tail}"
+
+
 def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], reference: Mapping[str, float]) -> str:
     """Return the figure as SVG: bits per byte on both corpora, and the probe."""
     from matplotlib.figure import Figure
@@ -516,6 +527,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--data", type=Path, default=Path("../shared/data"))
     result.add_argument("--out", type=Path, default=Path(tempfile.gettempdir()) / "pos-scrubbing")
     result.add_argument("--svg", type=Path, help="also draw the figure into this file")
+    result.add_argument(
+        "--page", type=Path, help="also put the tables between the markers of this Markdown file"
+    )
     result.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     result.add_argument("--seeds", type=int, default=3)
     result.add_argument("--sentences", type=int, default=400, help="treebank sentences to fit on")
@@ -527,13 +541,13 @@ def parser() -> argparse.ArgumentParser:
         "--first", action="store_true", help="erase the first token of a text too, on which no eraser is fit"
     )
     result.add_argument("--dtype", default="float32", help="of the model; all statistics are float64")
-    result.add_argument("--iterations", type=int, default=3, help="of the barycenter of the quadratic eraser")
+    result.add_argument("--iterations", type=int, default=1, help="of the barycenter of the quadratic eraser")
     return result
 
 
 def _same_settings(args: argparse.Namespace) -> None:
     """Refuse to mix runs of several settings in one folder."""
-    free = ("data", "out", "svg", "methods", "seeds")
+    free = ("data", "out", "svg", "page", "methods", "seeds")
     settings = {name: value for name, value in vars(args).items() if name not in free}
     file: Path = args.out / "settings.json"
     if file.exists() and json.loads(file.read_text("utf-8")) != settings:
@@ -580,19 +594,25 @@ def main() -> None:
     sizes = {c: sum(predicted_bytes(tokenizer, text) for text in texts[c]) for c in CORPORA}
     reference = {c: sum(unigram(tokenizer, training, texts[c])) / sizes[c] for c in CORPORA}
     fit = sample(fitting, args.sentences, 0)
-    print(
-        f"\n{len(sites)} sites ({', '.join(args.kinds)}); fit on {sum(p.sentences for p in fit)} sentences, "
-        f"{sum(len(p.words) for p in fit)} labelled words, {len(classes)} tags (seed 0); measured on "
-        f"{sizes['treebank'] / 1000:.1f} kB of the treebank ({len(heldout)} documents) and {sizes['wikitext'] / 1000:.1f} kB "
-        f"of WikiText ({len(wiki)} articles)\n"
-    )
-    print(table(runs))
-    print(f"\ntoken frequencies alone: {reference}; majority {runs[next(iter(runs))][0]['majority']:.3f}\n")
-    for line in differences(runs):
-        print(line)
-    print("\nconcept-erasure:")
-    for name, said in theirs(model, tokenizer, labelled(fit[:4], classes), classes).items():
-        print(f"| `{name}` | {said} |")
+    words = sum(len(p.words) for p in fit)
+    said = theirs(model, tokenizer, labelled(fit[:4], classes), classes)
+    report = [
+        f"{len(sites)} sites ({', '.join(args.kinds)}), model in {args.dtype}; fit on {sum(p.sentences for p in fit)} "
+        f"sentences with {words} labelled words of {len(classes)} tags (seed 0); measured on {sizes['treebank'] / 1000:.1f} kB "
+        f"of the treebank ({len(heldout)} documents) and {sizes['wikitext'] / 1000:.1f} kB of WikiText ({len(wiki)} articles).",
+        table(runs),
+        "Token frequencies alone: {treebank:.2f} and {wikitext:.2f} bits per byte. ".format(**reference)
+        + f"Most frequent tag: {next(iter(runs.values()))[0]['majority']:.3f}.",
+        "Differences, the same documents and seeds on both sides:",
+        "\n".join(f"- {line}" for line in differences(runs)),
+        "concept-erasure on the same model:",
+        "\n".join(
+            ["| call | outcome |", "|---|---|", *(f"| `{call}` | {what} |" for call, what in said.items())]
+        ),
+    ]
+    print("\n" + "\n\n".join(report))
+    if args.page:
+        args.page.write_text(filled(args.page.read_text("utf-8"), "\n\n".join(report)), encoding="utf-8")
     if args.svg:
         args.svg.write_text(draw(runs, reference), encoding="utf-8")
 

@@ -1,6 +1,6 @@
 """Does the audit tell removed from hidden? Models of known truth, and how often the verdict is wrong.
 
-Three seeds of every kind of model: one that never knew, the original with a small random edit, and edits that are known
+Four seeds of every kind of model: one that never knew, the original with a small random edit, and edits that are known
 to hide (gradient RMU, NPO, one layer in closed form) or to break. A false verdict is NOT_RECOVERED_AT_BUDGET for a model
 that knows, or NOT_FORGOTTEN or HIDDEN for one that never knew. Progress is kept in a folder; a second run goes on.
 """
@@ -23,6 +23,7 @@ from repe_unlearn.activations import capture
 from repe_unlearn.architectures import Architecture
 from repe_unlearn.audit import audit
 from repe_unlearn.audit.edits import random_edit
+from repe_unlearn.audit.report import Report
 from repe_unlearn.audit.verdict import Thresholds
 from repe_unlearn.contrast import Contrast
 from repe_unlearn.facts import Facts
@@ -125,30 +126,41 @@ def false(knows: bool | None, verdict: str) -> bool:
     return name == "NOT_RECOVERED_AT_BUDGET" if knows else name in ("NOT_FORGOTTEN", "HIDDEN")
 
 
+def judged(kind: str, seed: int, level: str, state: Path | None) -> Report:
+    """Return the audit of one model, from the folder if it is there."""
+    done = state and state / f"{kind}-{seed}.json"
+    if done and done.exists():
+        return Report.from_json(done.read_text())
+    facts = Facts.builtin("planted", seed=seed)
+    base, tokenizer = planted_model(facts, seed=seed)
+    edited = KINDS[kind][0](base, tokenizer, facts, seed)
+    options = {
+        "level": level,
+        "neutral": neutral_text(facts)[::6],
+        "thresholds": LINES,
+        "resume": state and state / f"{kind}-{seed}",
+    }
+    report = audit(base, edited, tokenizer, facts, progress=False, **options)  # type: ignore[arg-type]
+    if done:
+        done.write_text(report.to_json())
+    return report
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=4)
+    parser.add_argument("--first", type=int, default=0, help="seed to begin with")
     parser.add_argument("--level", default="standard")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS))
     parser.add_argument("--state", type=Path, help="folder that keeps what is done")
     args = parser.parse_args()
     print(machine())
     wrong = total = 0
-    print(f"{'model':24} seed  {'verdict':36} worst attack, leak; behaviour.unseen; as expected")
-    for kind in args.kinds:
-        made, knows, expected = KINDS[kind]
-        for seed in range(args.seeds):
-            facts = Facts.builtin("planted", seed=seed)
-            base, tokenizer = planted_model(facts, seed=seed)
-            edited = made(base, tokenizer, facts, seed)
-            state = args.state and args.state / f"{kind}-{seed}"
-            options = {
-                "level": args.level,
-                "neutral": neutral_text(facts)[::6],
-                "thresholds": LINES,
-                "resume": state,
-            }
-            report = audit(base, edited, tokenizer, facts, progress=False, **options)  # type: ignore[arg-type]
+    print(f"{'model':24} seed  {'verdict':36} worst attack, leak; behaviour.unseen; as expected", flush=True)
+    for seed in range(args.first, args.first + args.seeds):
+        for kind in args.kinds:
+            _, knows, expected = KINDS[kind]
+            report = judged(kind, seed, args.level, args.state)
             words = report.facts["verdict"]
             checks = {c.name: c for c in report.checks}
             worst = checks["verdict"]

@@ -1,7 +1,7 @@
 """What the README and the documentation show runs as shown.
 
-In the fast tests on a stand-in: a tiny random model of 30 blocks in the place of every model that is loaded, few pairs in
-the place of built-in contrasts and few countries in that of built-in facts. The slow tests run the same text with nothing replaced.
+On a stand-in: a tiny random model of 30 blocks in the place of every model that is loaded, few pairs in
+the place of built-in contrasts and few countries in that of built-in facts. Then the same text with nothing replaced.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 import shlex
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from textkit import text_model, text_tokenizer
 
 import repe_unlearn
 import repe_unlearn.models
-from repe_unlearn import Architecture, Contrast, Facts
+from repe_unlearn import Contrast, Facts
 from repe_unlearn.audit.battery import verify
 
 ROOT = Path(__file__).parent.parent
@@ -40,9 +39,8 @@ BEFORE = {"scale": FROM_THE_TUTORIAL, "unlearn": FROM_THE_TUTORIAL}
 # Blocks that need what this machine or these tests have not; anything that is not listed runs.
 NOT_RUN = {
     "scale": ("AutoModelForCausalLM", "process_group", "vit"),
-    "architectures": (),
 }
-FAST = [
+PAGES = [
     "README",
     "index",
     "tutorial",
@@ -58,7 +56,9 @@ FAST = [
     "howto/big-models",
     "howto/several-machines",
 ]
-WHOLE = [page for page in FAST if page not in ("theory", "faq", "scale", "unlearn")]
+SHALLOW = ("README", "index", "tutorial", "facts", "howto/big-models")  # none names a block by number
+QUICK = ("index", "theory", "faq")
+WHOLE = [page for page in PAGES if page not in ("theory", "faq", "scale", "unlearn")]
 
 
 def text(page: str) -> str:
@@ -87,92 +87,98 @@ def execute(page: str, *, before: str = "") -> dict[str, Any]:
     return space
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("stand-in") / "my-model"
-    text_model(
-        "llama", dtype=torch.float32, num_hidden_layers=30, max_position_embeddings=1024
-    ).save_pretrained(folder)
+def model_folder(parent: Path, layers: int) -> Path:
+    folder = parent / f"{layers}" / "my-model"
+    model = text_model("llama", dtype=torch.float32, num_hidden_layers=layers, max_position_embeddings=1024)
+    model.save_pretrained(folder)
     text_tokenizer().save_pretrained(folder)
     return folder
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    parent = tmp_path_factory.mktemp("stand-in")
+    return {layers: model_folder(parent, layers) for layers in (2, 30)}
+
+
 @pytest.fixture
-def stand_in(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def stand_in(
+    request: pytest.FixtureRequest,
+    folders: dict[int, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
     """Every model is the tiny one, and every built-in set is small; the current folder is an empty one."""
-    load, builtin, facts = repe_unlearn.models.load, Contrast.builtin, Facts.builtin
-    sample = Contrast.sample
+    page = getattr(request.node, "callspec", None)
+    shallow = page is None or page.params.get("page") in SHALLOW
+    load, builtin, sample, facts = (
+        repe_unlearn.models.load,
+        Contrast.builtin,
+        Contrast.sample,
+        Facts.builtin,
+    )
 
     def tiny(*_: object, **options: Any) -> repe_unlearn.Loaded:
-        return load(folder, **{**options, "progress": False})
+        return load(folders[2 if shallow else 30], **{**options, "progress": False})
 
-    def few(facts_: Facts) -> Facts:
-        kept = tuple(f for f in facts_ if f.subject in COUNTRIES or f.role == "decoy")
-        return replace(facts_, facts=kept)
-
-    def small_verify(*args: Any, **options: Any) -> repe_unlearn.Report:
-        return verify(*args, **{**options, "probe_prompts": 96, "neutral": ["The sky was grey that day."]})
+    def few(name: str, **options: Any) -> Facts:
+        if name != "capitals":
+            return facts(name, **options)
+        whole = facts(name, forget=["France", "Italy"])
+        return replace(whole, facts=tuple(f for f in whole if f.subject in COUNTRIES or f.role == "decoy"))
 
     for target in (repe_unlearn, repe_unlearn.models):
         monkeypatch.setattr(target, "load", tiny)
-    monkeypatch.setattr(repe_unlearn, "verify", small_verify)
-    monkeypatch.setattr(Contrast, "builtin", lambda name, **options: builtin(name, pairs=64))
-    monkeypatch.setattr(
-        Contrast, "sample", lambda self, pairs, **options: sample(self, min(pairs, 16), **options)
-    )
-    monkeypatch.setattr(
-        Facts,
-        "builtin",
-        lambda name, **options: (
-            few(facts(name, forget=["France", "Italy"])) if name == "capitals" else facts(name)
-        ),
-    )
+    small = {"probe_prompts": 96, "neutral": ["The sky was grey that day."]}
+    monkeypatch.setattr(repe_unlearn, "verify", lambda *a, **o: verify(*a, **{**o, **small}))
+    monkeypatch.setattr(Contrast, "builtin", lambda name, **_: builtin(name, pairs=160))
+    monkeypatch.setattr(Contrast, "sample", lambda self, pairs, seed=0: sample(self, min(pairs, 24), seed))
+    monkeypatch.setattr(Facts, "builtin", few)
     monkeypatch.chdir(tmp_path)
-    yield tmp_path
+    return tmp_path
 
 
-@pytest.mark.parametrize("page", FAST)
+@pytest.mark.parametrize(
+    "page", [page if page in QUICK else pytest.param(page, marks=pytest.mark.slow) for page in PAGES]
+)
 def test_python(page: str, stand_in: Path) -> None:
     assert execute(page, before=BEFORE.get(page, ""))
 
 
-def test_python_for_a_served_model(stand_in: Path, folder: Path) -> None:
+@pytest.mark.slow
+def test_python_for_a_served_model(stand_in: Path, folders: dict[int, Path]) -> None:
     """Its commands make what its code loads."""
     pytest.importorskip("peft")
-    (stand_in / "my-model").symlink_to(folder)
+    (stand_in / "my-model").symlink_to(folders[2])
     for words in commands("howto/serve"):
-        result = run(*words)
-        assert result.exit_code == (result.exit_code if words[0] == "verify" else 0), result.output
-        assert result.exit_code in (0, 3), result.output
+        if words[0] != "verify":  # hundreds of held-out prompts
+            result = run(*words)
+            assert result.exit_code == 0, result.output
     assert isinstance(execute("howto/serve")["text"], str)
 
 
-def test_commands_of_pages_are_known(stand_in: Path) -> None:
-    """Every command that a page shows has options that exist; help says so without running it."""
-    shown = [words for page in FAST for words in commands(page)]
-    assert {words[0] for words in shown} >= {"info", "unlearn", "audit"}
+@pytest.mark.slow
+def test_commands_have_the_options_that_pages_show(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = [words for page in [*PAGES, "howto/serve", "audit"] for words in commands(page)]
+    assert {words[0] for words in shown} >= {"info", "unlearn", "audit", "verify"}
     for words in shown:
-        said = " ".join(run(words[0], "--help").output.split())
-        for option in (word for word in words if word.startswith("--")):
-            assert option in said, (words, option)
+        said = run(words[0], "--help").output
+        assert [word for word in words if word.startswith("--") and word not in said] == [], words
 
 
+@pytest.mark.slow
 def test_info_runs(stand_in: Path) -> None:
     (words,) = commands("howto/big-models")
-    assert "closed form, layers 20 to 26" in run(*words).output
+    assert "closed form, layers 1 to 1" in " ".join(run(*words).output.split())
 
 
-def test_a_wrong_snippet_is_noticed(stand_in: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wrong = {
-        "layers-and-strength": ("partial(0.5)", "partial(0.6)"),
-        "theory": ("L = D F U", "L = D F U"),
-    }
+@pytest.mark.slow
+def test_a_wrong_snippet_is_noticed() -> None:
+    (code,) = (code for code in blocks("howto/layers-and-strength") if "partial(0.5)" in code)
+    exec(compile(code, "right", "exec"), {})
     with pytest.raises(AssertionError):
-        page = text("howto/layers-and-strength")
-        old, new = wrong["layers-and-strength"]
-        assert old in page
-        (code,) = (c for c in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if old in c)
-        exec(compile(code.replace(old, new), "wrong", "exec"), {})
+        exec(compile(code.replace("partial(0.5)", "partial(0.6)"), "wrong", "exec"), {})
 
 
 @pytest.mark.slow

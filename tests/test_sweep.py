@@ -213,5 +213,5 @@ def test_what_cannot_be_foreseen() -> None:
     model, tokenizer = original()
     with pytest.raises(NotEnoughDataError, match="needs facts with the role forget"):
         foresee(model, tokenizer, FACTS.only("retain"), progress=False)
-    with pytest.raises(UnsupportedModelError, match="mlp_in of block 0"):
+    with pytest.raises(InputError, match="needed mlp_out, attn_out"):
         foresee(model, tokenizer, FACTS, writers=["mlp_in"], progress=False)

@@ -97,7 +97,9 @@ def _singular(edits: Sequence[Written], k: int) -> Ablation:
     for one in edits:
         parts.setdefault(one.site, []).append(one.left[:, :k])
     at = {site: _basis(torch.cat(columns, 1)) for site, columns in parts.items()}
-    return Ablation(f"{k} singular vectors of the edit, out of what is edited", at)
+    return Ablation(
+        f"{k} leading {'direction' if k == 1 else 'directions'} of the edit, out of what is edited", at
+    )
 
 
 def _basis(columns: Tensor) -> Tensor:
@@ -215,6 +217,7 @@ def ablation(
         x_label="try",
         point_labels=tuple(one.label for one in which),
         marker_only=True,
+        caption="What comes back while directions are projected out of the running model; the best try is the leak.",
     )
     return Scores("ablation", "T1", scores, "share", shown, settings)
 

@@ -261,7 +261,7 @@ class _Bench:
         before, after = self.models[ORIGINAL].enter, self.models[EDITED].enter
         case = self.case
         measures = retention(
-            case.tokenizer, before, after, case.facts, case.texts, lines=lines, seed=self.seed
+            case.tokenizer, before, after, case.brief, case.texts, lines=lines, seed=self.seed
         )
         if hasattr(case.base, "generate"):
             measures += fluent(case.tokenizer, before, after, case.texts, seed=self.seed)

@@ -156,7 +156,13 @@ def relearning(
     if diverged:
         settings["diverged at"] = ", ".join(f"{r:g}" for r in diverged)
     at_rate = {s: tries[rate, s] for s in sorted(set(steps)) if (rate, s) in tries}
-    shown = curves("Relearning", at_rate, x_label="training steps", panel=arm.replace("_", " "))
+    shown = curves(
+        "Relearning",
+        at_rate,
+        x_label="training steps",
+        panel=arm.replace("_", " "),
+        caption="What comes back after a few steps of training, none of which names what is asked.",
+    )
     return Scores(f"relearn.{arm}", "T2", values(best), "share", shown, settings)
 
 

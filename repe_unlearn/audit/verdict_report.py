@@ -147,7 +147,7 @@ def _forest(
     rows = {one.name: float(i) for i, one in enumerate(one for one in edited if not one.invalid)}
     caption = (
         "Share of the original's knowledge that each attack gets out, with 95 % intervals; 0 is a model that never knew, 1 the "
-        "original. A random edit of equal size should stay near 1. Attacks that were not counted are in the table."
+        "original. A random edit of equal size tells what size alone does. Attacks that were not counted are in the table."
     )
     result = []
     for label, leaks in (

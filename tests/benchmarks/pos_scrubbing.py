@@ -320,7 +320,7 @@ def theirs(model: Any, tokenizer: Any, contrast: Contrast, classes: Sequence[str
     for name, attempt in attempts.items():
         try:
             with torch.no_grad():
-                attempt(copy.deepcopy(model))
+                attempt(copy.deepcopy(model).float())
             said[name] = "finishes"
         except Exception as error:  # whatever it raises is what we want to show
             said[name] = f"{type(error).__name__}: {error}"

@@ -127,8 +127,8 @@ class Facts:
 
     Example:
         >>> facts = Facts.of([("France", "Paris"), ("Japan", "Tokyo", "retain")], ["The capital of {subject} is"])
-        >>> [q.prompt for q in facts.questions("seen", roles=["forget"])]
-        ['The capital of France is']
+        >>> facts.questions("seen", roles=["forget"])[0].prompt
+        'The capital of France is'
     """
 
     facts: tuple[Fact, ...]

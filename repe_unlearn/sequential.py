@@ -228,7 +228,9 @@ class Runs:
             raise StopForward
         return None if erase is None else erase(x)
 
-    def advance(self, erase: Callable[[Tensor], Tensor] | None) -> Iterator[tuple[Batch | InputBatch, Site, Tensor]]:
+    def advance(
+        self, erase: Callable[[Tensor], Tensor] | None
+    ) -> Iterator[tuple[Batch | InputBatch, Site, Tensor]]:
         """Hand the eraser to every batch in turn and yield it with its next site and the activations there."""
         parking = self._parking
         for i, run in enumerate(self._runs):

@@ -182,10 +182,9 @@ def test_bad_settings(changes: dict[str, object], error: type[Exception], messag
 def test_facts_that_an_arm_needs(roles: tuple[str, ...], arm: Arm):
     with pytest.raises(NotEnoughDataError, match="needs"):
         relearning(text_model(), TOK, SMALL.only(*roles), arm=arm, **QUIET)
+    one = SMALL.where(lambda f: f.subject == "Kim0" or f.role == "retain")
     with pytest.raises(NotEnoughDataError, match="one subject"):
-        relearning(
-            text_model(), TOK, SMALL.where(lambda f: f.subject != "x" and f.subject == "Kim0"), **QUIET
-        )
+        relearning(text_model(), TOK, one, arm="facts", **QUIET)
 
 
 SHORT = {"steps": (10, 40), "rates": (3e-4, 3e-3), "texts": neutral_text(PLANTED), **ASKED}

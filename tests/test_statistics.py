@@ -11,7 +11,7 @@ from scipy import stats
 from simkit import audit, many
 
 from repe_unlearn.audit import leak as leak_module
-from repe_unlearn.audit.leak import Leak, Comparison, leak, leaks, worst
+from repe_unlearn.audit.leak import Comparison, Leak, leak, leaks, worst
 from repe_unlearn.audit.statistics import (
     detectable,
     fact_means,

@@ -17,7 +17,6 @@ from repe_unlearn.errors import (
     InputError,
     NonFiniteError,
     NotEnoughDataError,
-    UnsupportedModelError,
 )
 from repe_unlearn.measured import Measured
 from repe_unlearn.methods import METHODS

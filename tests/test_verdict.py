@@ -10,7 +10,7 @@ import pytest
 from simkit import audit, many
 
 from repe_unlearn.audit import leak as leak_module
-from repe_unlearn.audit.leak import Leak, Comparison, leak, leaks
+from repe_unlearn.audit.leak import Comparison, Leak, leak, leaks
 from repe_unlearn.audit.membership import Auc
 from repe_unlearn.audit.record import from_record, from_strict_json, to_record, to_strict_json
 from repe_unlearn.audit.verdict import Measure, Thresholds, Verdict, verdict

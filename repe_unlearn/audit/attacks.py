@@ -142,10 +142,10 @@ _LONG = {"steps": (5, 10, 20, 40), "full": True}
 
 # Behaviour comes first: without it no verdict. Retention is measured before the attacks.
 ATTACKS: tuple[Attack, ...] = (
-    Attack("behaviour", "T0", "quick", 3.0, _behaviour),
-    Attack("ablation", "T1", "quick", 9.0, _ablation, prepare=_directions),
-    Attack("lens", "T1", "quick", 4.0, _lens),
-    Attack("probe", "T1", "standard", 8.0, _probes),
+    Attack("behaviour", "T0", "quick", 8.0, _behaviour),
+    Attack("ablation", "T1", "quick", 10.0, _ablation, prepare=_directions),
+    Attack("lens", "T1", "quick", 3.0, _lens),
+    Attack("probe", "T1", "standard", 5.0, _probes),
     Attack("relearn.retain_only", "T2", "standard", 30.0, _relearned("retain_only"), random=False),
     Attack("relearn.facts", "T2", "standard", 30.0, _relearned("facts"), random=False),
     Attack("perturb.int8", "T2", "standard", 1.0, _perturbed("int8")),

@@ -213,8 +213,9 @@ def leaks(battery: Sequence[Comparison], *, seed: int = 0) -> tuple[Leak, ...]:
 
     Example:
         >>> flat, knows = [0.0, 1.0] * 20, [4.0, 5.0] * 20
-        >>> [x.value for x in leaks([Comparison("a", flat, knows, flat), Comparison("b", knows, knows, flat)])]
-        [0.0, 1.0]
+        >>> battery = [Comparison("a", flat, knows, flat), Comparison("b", knows, knows, flat)]
+        >>> tuple(x.value for x in leaks(battery))
+        (0.0, 1.0)
     """
     names = [scores.name for scores in battery]
     if not names or len(set(names)) != len(names):

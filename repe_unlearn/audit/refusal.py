@@ -143,8 +143,8 @@ def compare(
     Example:
         >>> weak = Refusals(3, 0, 24, 24, (-2.0,) * 24)
         >>> strong = Refusals(22, 0, 24, 24, (3.0,) * 24)
-        >>> [check.passed for check in compare(strong, weak)]
-        [False, False, True]
+        >>> tuple(check.passed for check in compare(strong, weak))
+        (False, False, True)
     """
     if (before.of_refusable, before.of_harmless) != (after.of_refusable, after.of_harmless):
         raise InputError(

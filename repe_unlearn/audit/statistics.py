@@ -37,8 +37,8 @@ def fact_means(scores: Any, what: str = "scores") -> np.ndarray:
         NonFiniteError: a score is infinite.
 
     Example:
-        >>> fact_means([[1.0, 0.0], [1.0], [0.0, 0.0]] * 3).tolist()[:3]
-        [0.5, 1.0, 0.0]
+        >>> tuple(fact_means([[1.0, 0.0], [1.0], [0.0, 0.0]] * 3).tolist()[:3])
+        (0.5, 1.0, 0.0)
     """
     try:
         table = np.asarray(scores, dtype=np.float64)
@@ -161,8 +161,8 @@ def holm(p: Sequence[float]) -> tuple[float, ...]:
     """Return p-values adjusted by Holm: a battery that calls those <= 0.05 errs at all in at most 5 % of audits.
 
     Example:
-        >>> [round(x, 3) for x in holm([0.01, 0.04, 0.03])]
-        [0.03, 0.06, 0.06]
+        >>> tuple(round(x, 3) for x in holm([0.01, 0.04, 0.03]))
+        (0.03, 0.06, 0.06)
     """
     values = np.asarray(p, dtype=np.float64)
     order = np.argsort(values, kind="stable")

@@ -63,8 +63,8 @@ def spectrum(
     Example:
         >>> rows = torch.eye(4)
         >>> apart = Moments.of(rows[:1], rows[:1]), Moments.of(rows[1:], rows[1:])
-        >>> [round(v) for v in spectrum(*apart, ridge=0.01).values.tolist()]
-        [400, 0, 0, 0]
+        >>> tuple(round(v) for v in spectrum(*apart, ridge=0.01).values.tolist())
+        (400, 0, 0, 0)
     """
     usable(forget, "forget")
     if retain is not None:

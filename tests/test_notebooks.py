@@ -178,10 +178,8 @@ def test_the_runner_stops_at_a_false_claim(tmp_path: Path, monkeypatch: pytest.M
 
 
 @pytest.mark.real
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name.startswith("01") else pytest.mark.slow) for name in NOTEBOOKS],
-)
+@pytest.mark.slow
+@every
 def test_the_notebook_runs_from_top_to_bottom(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -179,7 +179,9 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> str:
         "no edit, random edit": ("#333333", "X", lambda n: n in ("before", "random")),
     }
     fig, ax = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
-    ax.axhspan(0.9, 1.05, xmax=0.15 / 1.05, color="#0072B2", alpha=0.08, linewidth=0)
+    top = max(1.08, 0.07 + max(kept for _, kept, _ in means.values()))
+    goal = mpl.patches.Rectangle((-0.03, 0.9), 0.18, top - 0.9, color="#0072B2", alpha=0.08, linewidth=0)
+    ax.add_patch(goal)
     for label, (colour, marker, has) in kinds.items():
         mine = {n: m for n, m in means.items() if has(n)}
         if mine:
@@ -195,8 +197,14 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> str:
                 linewidths=0.6,
                 zorder=3,
             )
-    for name, (x, y, kl) in means.items():
-        ax.annotate(f"{name} ({kl:.2g})", (x, y), xytext=(5, 4), textcoords="offset points", fontsize=7)
+    for i, (name, (x, y, kl)) in enumerate(sorted(means.items(), key=lambda pair: pair[1])):
+        # Neighbours in the figure get their names on different sides.
+        side = (
+            {"xytext": (6, (4, -9)[i % 2]), "ha": "left"}
+            if not 0.5 < x < 0.82
+            else {"xytext": (-6, (-9, 5)[i % 2]), "ha": "right"}
+        )
+        ax.annotate(f"{name} ({kl:.2g})", (x, y), textcoords="offset points", fontsize=7, **side)
     best = front(means.values(), lambda m: (m[0], -m[1]))
     ax.plot(
         [m[0] for m in best],
@@ -206,9 +214,10 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> str:
         zorder=1,
         label="none is better",
     )
-    ax.set(xlim=(-0.03, 1.02), ylim=(-0.03, 1.08))
+    ax.set(xlim=(-0.03, 1.02), ylim=(-0.03, top))
     ax.set_xlabel("accuracy on what is to be forgotten, unseen wordings")
     ax.set_ylabel("kept of retain and neighbours, smaller share of before")
+    ax.axhline(1.0, color="#8a9099", linewidth=0.6, linestyle=":", zorder=0)
     ax.set_title(
         "Forgotten and kept; in brackets KL on neutral text, nats per token", loc="left", fontsize=10
     )

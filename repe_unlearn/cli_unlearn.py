@@ -246,7 +246,13 @@ def _report(
         if not judged
         else f"Not reached: {', '.join(failed)}."
         if failed
-        else "Forgotten on unseen wordings, and what should stay is there."
+        else "No longer said in unseen wordings, and what should stay is there."
+        + (
+            ""
+            if math.isnan(after.forget_chosen)
+            else f" Among the options it still picks the right one in {after.forget_chosen:.0%}."
+        )
+        + " Not attacked."
     )
     facts = {
         "model": model,

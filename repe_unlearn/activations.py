@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from .architectures import Architecture
 from .contrast import Contrast
-from .encoding import Batch, Batches, batches, encode
+from .encoding import Batch, Batches, batches, encode, longest_text, pad_id_of
 from .errors import (
     InputError,
     NonFiniteError,
@@ -253,15 +253,11 @@ def prepare(
     else:
         if tokenizer is None:
             raise InputError("got a contrast without a tokenizer; needed the tokenizer of the model.")
-        config = getattr(model, "config", None)
-        encoded = encode(
-            contrast, tokenizer, chosen, max_length=getattr(config, "max_position_embeddings", None)
-        )
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+        encoded = encode(contrast, tokenizer, chosen, max_length=longest_text(model))
         work = batches(
             encoded,
             batch_tokens=batch_tokens,
-            pad_id=pad,
+            pad_id=pad_id_of(tokenizer),
             # Whatever the tokenizer says: on the left a pad position sees no token at all, and eager attention then
             # gives NaN there in float64, which spreads to the real tokens. On the right it sees the whole prompt.
             side="right",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .encoding import longest_text
 from .errors import InputError, NonFiniteError
 from .facts import Facts, Form, Question, Role
 from .placement import evaluating, input_device, require_whole
@@ -200,7 +201,7 @@ class Asked:
         Raises:
             InputError: a tokenizer without offsets, or a prompt that is too long for the model.
         """
-        longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+        longest = longest_text(model)
         spoken = tuple(
             tuple(continuation(tokenizer, q.prompt, text, longest) for text in (q.answer, *q.options))
             for q in questions

@@ -17,7 +17,7 @@ from .activations import BATCH_TOKENS, refuse_nonfinite
 from .architectures import Architecture, Write
 from .builtin.passages import PASSAGES
 from .edit import Edit
-from .encoding import Batch, Batches, Encoded, batches
+from .encoding import Batch, Batches, Encoded, batches, longest_text, pad_id_of
 from .errors import InputError, NotEnoughDataError, UnsupportedModelError
 from .facts import Facts
 from .facts_files import Corpus
@@ -283,7 +283,7 @@ def _asked(facts: Facts, *, decoys: bool) -> list[_Prompt]:
 
 def _encoded(model: nn.Module, tokenizer: Any, prompts: Sequence[_Prompt], batch_tokens: int) -> Batches:
     """Return the prompts as batches; z is the group, and the first token of a prompt never counts."""
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    longest = longest_text(model)
     special = set(getattr(tokenizer, "all_special_ids", ()))
     found = []
     for owner, prompt in enumerate(prompts):
@@ -295,8 +295,9 @@ def _encoded(model: nn.Module, tokenizer: Any, prompts: Sequence[_Prompt], batch
             raise InputError(f"the prompt {prompt.text[:60]!r} has {len(ids)} tokens; needed {needed}.")
         positions = [len(ids) - 1] if prompt.wording else list(range(1, len(ids)))
         found.append(Encoded(ids, positions, [_GROUPS.index(prompt.group)] * len(positions), owner))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-    return batches(found, batch_tokens=batch_tokens, pad_id=pad, side="right", pooled=False, real=False)
+    return batches(
+        found, batch_tokens=batch_tokens, pad_id=pad_id_of(tokenizer), side="right", pooled=False, real=False
+    )
 
 
 def places_of(

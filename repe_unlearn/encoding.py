@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .contrast import Contrast, Example
 from .errors import InputError, NotEnoughDataError, ShapeError
@@ -297,6 +297,16 @@ def batches(
         chunks.append(order[start : start + size])
         start += size
     return Batches(chunks, pad_id=pad_id, side=side, pooled=pooled, real=real)
+
+
+def pad_id_of(tokenizer: Any) -> int:
+    """Return the id to pad with; padding is masked, so any id will do."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+
+
+def longest_text(model: nn.Module) -> int | None:
+    """Return how many tokens a model takes, None if it does not say."""
+    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
 
 
 def _pad(chunk: Sequence[Encoded], pad_id: int, side: str, pooled: bool, real: bool) -> Batch:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from repe_unlearn.encoding import Encoded, batches
+from repe_unlearn.encoding import Encoded, batches, longest_text, pad_id_of
 from repe_unlearn.errors import InputError, NonFiniteError, NotEnoughDataError, UnsupportedModelError
 from repe_unlearn.placement import input_device, require_whole
 
@@ -78,7 +78,7 @@ def likelihoods(
     work = batches(
         [_completion(tokenizer, model, i, *pair) for i, pair in enumerate(_some(pairs, "pairs"))],
         batch_tokens=batch_tokens,
-        pad_id=_pad_id(tokenizer),
+        pad_id=pad_id_of(tokenizer),
         side="right",
         pooled=False,
         real=False,
@@ -160,7 +160,7 @@ def greedy(
                 top_p=1.0,
                 repetition_penalty=1.0,
                 no_repeat_ngram_size=0,
-                pad_token_id=_pad_id(tokenizer),
+                pad_token_id=pad_id_of(tokenizer),
             )
             for i, new in zip(chunk, out[:, ids.shape[1] :].tolist(), strict=True):
                 stop = next((k for k, token in enumerate(new) if token in ends), len(new))
@@ -239,13 +239,9 @@ def _some(items: Sequence[Any], what: str) -> Sequence[Any]:
 
 
 def _fits(model: nn.Module, tokens: int, text: str, extra: str) -> None:
-    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    most = longest_text(model)
     if most is not None and tokens > most:
         raise InputError(f"{text[:60]!r}... has {tokens} tokens{extra}, the model takes {most}. Shorten it.")
-
-
-def _pad_id(tokenizer: Any) -> int:
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> set[int]:

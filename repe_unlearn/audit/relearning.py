@@ -15,12 +15,13 @@ from repe_unlearn.audit.edits import replaced
 from repe_unlearn.audit.neutral import NEUTRAL
 from repe_unlearn.audit.scores import Scores
 from repe_unlearn.audit.tries import asked, curves, strongest, values
+from repe_unlearn.encoding import longest_text, pad_id_of
 from repe_unlearn.errors import InputError, NonFiniteError, NotEnoughDataError
 from repe_unlearn.facts import Facts, Form, Sample
 from repe_unlearn.train.loop import descend, positive
 from repe_unlearn.train.losses import nll
-from repe_unlearn.train.samples import pad_id_of, shuffled, tokenise
-from repe_unlearn.train.trainee import Trainee, choose, longest, trainee
+from repe_unlearn.train.samples import shuffled, tokenise
+from repe_unlearn.train.trainee import Trainee, choose, trainee
 
 Arm = Literal["facts", "decoy", "retain_only", "benign"]
 ARMS: tuple[Arm, ...] = get_args(Arm)
@@ -99,7 +100,7 @@ def relearning(
         rates = [10 * rate for rate in rates] if lora_rank else rates
     samples, taught = lesson(facts, arm, texts=texts, seed=seed)
     questions = asked(facts, forms, besides=taught)
-    tokens = tokenise(samples, tokenizer, max_length=longest(model))
+    tokens = tokenise(samples, tokenizer, max_length=longest_text(model))
     pad_id = pad_id_of(tokenizer)
     names = choose(model, "all", matrices=lora_rank is not None)
     tries: dict[tuple[float, int], Answers] = {}

@@ -16,6 +16,7 @@ from repe_unlearn.answers import Beginning, continuation
 from repe_unlearn.audit.lens import per_fact
 from repe_unlearn.audit.likelihoods import BATCH_TOKENS, end_tokens, equally_long
 from repe_unlearn.audit.scores import Scores, curves
+from repe_unlearn.encoding import longest_text
 from repe_unlearn.errors import InputError, NonFiniteError, NotEnoughDataError
 from repe_unlearn.facts import Facts, Form, Question, Role
 from repe_unlearn.placement import input_device, require_whole
@@ -106,7 +107,7 @@ def samples(
     and token beforehand, and picks the token by the cumulative distribution.
     """
     require_whole(model)
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    longest = longest_text(model)
     prompts, lengths = list[Beginning](), list[int]()
     for q in questions:
         spoken = [continuation(tokenizer, q.prompt, text, longest) for text in (q.answer, *q.options)]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from repe_unlearn.activations import BATCH_TOKENS, run
-from repe_unlearn.encoding import Encoded, batches
+from repe_unlearn.encoding import Encoded, batches, pad_id_of
 from repe_unlearn.errors import InputError, NotEnoughDataError
 from repe_unlearn.localize.pairs import Pair, align
 from repe_unlearn.localize.parts import Part, parts, unit_sites
@@ -154,11 +154,10 @@ def neuron_activity(
     def visit(site: Site, rows: Rows) -> None:
         sums[site].add(rows.x)
 
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
     work = batches(
         _encoded(tokenizer, texts),
         batch_tokens=batch_tokens,
-        pad_id=pad,
+        pad_id=pad_id_of(tokenizer),
         side="right",
         pooled=False,
         real=True,

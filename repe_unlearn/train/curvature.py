@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from repe_unlearn.edit import Edit
+from repe_unlearn.encoding import longest_text, pad_id_of
 from repe_unlearn.errors import InputError, NonFiniteError
 from repe_unlearn.facts import Sample
 from repe_unlearn.patch import Patch
@@ -17,8 +18,8 @@ from repe_unlearn.patch import Patch
 from .gradients import Labels, by_sample, mean_gradient, ridge_of
 from .kfac import kfac
 from .loop import positive
-from .samples import Tokens, pad_id_of, tokenise
-from .trainee import Trainee, choose, longest, made, trainee
+from .samples import Tokens, tokenise
+from .trainee import Trainee, choose, made, trainee
 
 _COLUMNS = 2**18  # that are widened to float64 at once
 
@@ -85,7 +86,7 @@ def influence(
             f"got labels={labels!r}, curvature={curvature!r}; needed 'model' or 'data', and 'samples' or 'kfac'."
         )
     names = choose(model, parameters)
-    pad_id, limit = pad_id_of(tokenizer), longest(model)
+    pad_id, limit = pad_id_of(tokenizer), longest_text(model)
     f = tokenise(forget, tokenizer, max_length=limit)
     r = tokenise(retain, tokenizer, max_length=limit) * (draws if labels == "model" else 1)
     generator = torch.Generator().manual_seed(seed)

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from repe_unlearn.edit import Edit
+from repe_unlearn.encoding import longest_text, pad_id_of
 from repe_unlearn.errors import InputError, NonFiniteError
 from repe_unlearn.facts import Sample
 from repe_unlearn.patch import Patch
 
 from .gradients import by_sample
-from .samples import Tokens, pad_id_of, tokenise
-from .trainee import Trainee, choose, longest, made, trainee
+from .samples import Tokens, tokenise
+from .trainee import Trainee, choose, made, trainee
 
 
 def fisher_dampening(
@@ -64,7 +65,7 @@ def fisher_dampening(
         if not (value > 0 and math.isfinite(value)):
             raise InputError(f"got {key}={value!r}; needed a positive number.")
     names = choose(model, parameters)
-    pad_id, limit = pad_id_of(tokenizer), longest(model)
+    pad_id, limit = pad_id_of(tokenizer), longest_text(model)
     f = tokenise(forget, tokenizer, max_length=limit)
     r = tokenise(retain, tokenizer, max_length=limit)
     with trainee(model, names) as trained:

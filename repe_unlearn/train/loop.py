@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from repe_unlearn.encoding import longest_text, pad_id_of
 from repe_unlearn.errors import InputError, NonFiniteError, NotEnoughDataError
 from repe_unlearn.facts import Sample
 from repe_unlearn.patch import Patch
 
 from .losses import METHODS, Objective, kl, nll, sums
-from .samples import TokenBatch, Tokens, in_order, pad_id_of, shuffled, tokenise
-from .trainee import Trainee, choose, longest, trainee
+from .samples import TokenBatch, Tokens, in_order, shuffled, tokenise
+from .trainee import Trainee, choose, trainee
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ def unlearn(
     if objective.alpha and not retain:
         raise NotEnoughDataError(f"got no retain samples; {name} needs some, or an Objective with alpha=0.")
     names = choose(model, parameters, matrices=lora_rank is not None)
-    pad_id, limit = pad_id_of(tokenizer), longest(model)
+    pad_id, limit = pad_id_of(tokenizer), longest_text(model)
     f = tokenise(forget, tokenizer, max_length=limit)
     r = tokenise(retain, tokenizer, max_length=limit) if retain and objective.alpha else []
     order = torch.Generator().manual_seed(seed)

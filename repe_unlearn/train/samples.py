@@ -165,11 +165,6 @@ def pad(tokens: Sequence[Tokens], chosen: Sequence[int], pad_id: int) -> TokenBa
     return TokenBatch(ids, mask, counts, torch.tensor(chosen))
 
 
-def pad_id_of(tokenizer: Any) -> int:
-    """Return the id to pad with; padding is masked, so any id will do."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-
-
 def in_order(tokens: Sequence[Tokens], size: int, pad_id: int) -> Iterator[TokenBatch]:
     """Yield every sample once, longest first, in batches of at most ``size``."""
     order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i].ids))

@@ -13,14 +13,15 @@ from torch import Tensor, nn
 
 from repe_unlearn.activations import StopForward
 from repe_unlearn.architectures import Architecture
+from repe_unlearn.encoding import longest_text, pad_id_of
 from repe_unlearn.errors import InputError, NotEnoughDataError
 from repe_unlearn.facts import Sample
 from repe_unlearn.sites import Site
 from repe_unlearn.taps import tap
 
 from .loop import Run, descend, positive
-from .samples import TokenBatch, Tokens, pad_id_of, shuffled, tokenise
-from .trainee import Trainee, choose, longest, mlp_writers, trainee
+from .samples import TokenBatch, Tokens, shuffled, tokenise
+from .trainee import Trainee, choose, mlp_writers, trainee
 
 Positions: TypeAlias = Literal["tokens", "completion", "padded"]
 
@@ -103,7 +104,7 @@ def rmu(
     arch = Architecture.of(model)
     (site,) = arch.sites("resid_post", layers=[layer])
     names = choose(model, mlp_writers(model, _trained_layers(arch, layer, layers)))
-    pad_id, limit = pad_id_of(tokenizer), longest(model)
+    pad_id, limit = pad_id_of(tokenizer), longest_text(model)
     f = {topic: tokenise(samples, tokenizer, max_length=limit) for topic, samples in topics.items()}
     r = tokenise(retain, tokenizer, max_length=limit)
     for tokens in (*f.values(), r):

@@ -217,8 +217,3 @@ def trainee(
             parameter.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
-
-
-def longest(model: nn.Module) -> int | None:
-    """Return how many tokens a model takes, None if it does not say."""
-    return getattr(getattr(model, "config", None), "max_position_embeddings", None)

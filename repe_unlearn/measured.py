@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -297,7 +297,12 @@ def _asked(
 ) -> dict[str, float]:
     kept: tuple[Role, ...] = ("retain", "neighbour")
     form = "unseen" if facts.questions("unseen", roles=kept) else "seen"
-    questions = (*facts.questions("seen", "unseen", roles=["forget"]), *facts.questions(form, roles=kept))
+    # Wrong options count for one number only; each of several tokens is a run of its own, so the others go without.
+    plain = (*facts.questions("seen", roles=["forget"]), *facts.questions(form, roles=kept))
+    questions = (
+        *(replace(question, options=()) for question in plain),
+        *facts.questions("unseen", roles=["forget"]),
+    )
     with enter():
         said = answers(model, tokenizer, facts, questions=questions, progress=progress)
     return {

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from plantedkit import gold_model, neutral_text, planted_model
-from unlearning import _print, _row, parser, run
+from unlearning import Subject, _print, _row, parser, run
 
 from repe_unlearn.facts import Facts
 from repe_unlearn.measured import measure
@@ -48,21 +48,26 @@ GRIDS = {
 
 
 def main() -> None:
-    """Run the benchmark on the small model."""
+    """Run the benchmark on small models, one per seed."""
     args = parser(__doc__).parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    facts = Facts.builtin(
-        "planted", neighbours=1, **({"forget": 12, "retain": 24, "decoys": 8} if args.quick else {})
-    )
-    texts = neutral_text(facts)[:: 4 if args.quick else 1]
-    model, tokenizer = planted_model(facts)
-    fixed = {name: {**how, "texts": texts} if "ridge" in how else how for name, how in FIXED.items()}
-    run(model, tokenizer, facts, args, grids=GRIDS, fixed=fixed, texts=texts, figure=args.out / "pareto.svg")
-    before = measure(model, tokenizer, facts, texts=texts[:1], progress=False)
-    gold = measure(
-        gold_model(facts)[0], tokenizer, facts, texts=texts[:1], method="never knew", progress=False
-    )
-    _print(_row("never knew", gold, before, {}))
+    few = {"forget": 12, "retain": 24, "decoys": 8} if args.quick else {}
+
+    def subject(seed: int) -> Subject:
+        facts = Facts.builtin("planted", neighbours=1, seed=seed, **few)
+        texts = neutral_text(facts)[:: 4 if args.quick else 1]
+        model, tokenizer = planted_model(facts, seed=seed)
+        fixed = {name: {**how, "texts": texts} if "ridge" in how else how for name, how in FIXED.items()}
+        return Subject(model, tokenizer, facts, texts, fixed)
+
+    for seed in dict.fromkeys(row["seed"] for row in run(subject, args, GRIDS, args.out / "pareto.svg")):
+        it = subject(seed)
+        gold = gold_model(it.facts, seed=seed)[0]
+        before, never = (
+            measure(model, it.tokenizer, it.facts, texts=it.texts[:1], method=name, seed=seed, progress=False)
+            for name, model in (("before", it.model), ("never knew", gold))
+        )
+        _print(_row("never knew", never, before, {}))
 
 
 if __name__ == "__main__":

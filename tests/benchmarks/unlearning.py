@@ -2,11 +2,11 @@
 
 SmolLM2-135M, the capitals of Europe: every method gets the seen wordings only and is measured on unseen ones, next to other
 capitals, other relations of the same countries and neutral text. Facts that the model does not know (in fewer than two
-wordings) are left out. With `--tune` six settings of each method are run on seed 0 first, and the table uses the best of
-each; without it, the settings of an earlier `--tune` in the same folder, or the defaults of `METHODS`. Whatever is in the
-folder is not run again.
+wordings) are left out. A seed draws the countries (with `--every`) and whatever a method leaves to chance. With `--tune`
+six settings of each method are run on seed 0 first, and the table uses the best of each; without it, the settings of an
+earlier `--tune` in the same folder, or the defaults of `METHODS`. Whatever is in the folder is not run again.
 
-    python tests/benchmarks/unlearning.py --out unlearning-runs --tune
+    python tests/benchmarks/unlearning.py --out unlearning-runs --every 2 --tune
     python tests/benchmarks/unlearning.py --out unlearning-runs --methods closed_form,npo --seeds 0 --quick
 """
 
@@ -15,9 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from _side_by_side import machine
 
@@ -51,8 +52,22 @@ GRIDS: Mapping[str, Mapping[str, Sequence[Any]]] = {
     "random": {"relative": [0.01, 0.02, 0.05, 0.1, 0.2, 0.5]},
 }
 _SHOWN = (
-    "forget_seen", "forget_unseen", "margin", "retain", "neighbour", "kl", "relative", "touched", "seconds", "peak_bytes",
+    "forget_seen", "forget_unseen", "forget_chosen", "margin", "retain", "neighbour", "kl", "relative", "touched",
+    "seconds", "peak_bytes",
 )  # fmt: skip
+
+
+class Subject(NamedTuple):
+    """What the methods are run on: a model, what it knows, neutral text, and options that suit this model.
+
+    ``fixed`` is method -> options that differ from its defaults.
+    """
+
+    model: Any
+    tokenizer: Any
+    facts: Facts
+    texts: Sequence[str] = NEUTRAL
+    fixed: Mapping[str, Mapping[str, Any]] = {}
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -63,63 +78,99 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     result.add_argument(
         "--out", type=Path, default=Path("unlearning-runs"), help="folder for rows and points"
     )
-    result.add_argument("--tune", action="store_true", help="six settings of each method on seed 0 first")
-    result.add_argument("--every", type=int, default=1, help="only every n-th country of the capitals")
+    result.add_argument(
+        "--tune", action="store_true", help="six settings of each method on the first seed first"
+    )
+    result.add_argument("--tuned", default=",".join(METHODS), help="which methods --tune is about")
+    result.add_argument(
+        "--every", type=int, default=1, help="one in n countries of the capitals, drawn by the seed"
+    )
     result.add_argument("--quick", action="store_true", help="fewer facts and neutral texts, one seed")
     return result
 
 
 def run(
-    model: Any,
-    tokenizer: Any,
-    facts: Facts,
+    subject: Callable[[int], Subject],
     args: argparse.Namespace,
-    *,
-    grids: Mapping[str, Mapping[str, Sequence[Any]]] = GRIDS,
-    fixed: Mapping[str, Mapping[str, Any]] | None = None,
-    texts: Sequence[str] = NEUTRAL,
-    figure: Path | None = None,
+    grids: Mapping[str, Mapping[str, Sequence[Any]]],
+    figure: Path,
 ) -> list[dict[str, Any]]:
-    """Run all methods, print the table, write rows.json and the figure, and return the rows.
+    """Run all methods, print the rows and the table, write rows.json and the figure, and return the rows.
 
     Args:
-        model: the model.
-        tokenizer: its tokenizer.
-        facts: what the model knows.
+        subject: seed -> what the methods are run on.
         args: of ``parser``.
         grids: method -> option -> values, for ``--tune``.
-        fixed: method -> options that differ from its defaults for this model.
-        texts: neutral text.
         figure: SVG file to write.
     """
     seeds = [0] if args.quick else [int(seed) for seed in args.seeds.split(",")]
+    print(machine("transformers"))
     found: list[dict[str, Any]] = []
-    for name in args.methods.split(","):
-        how = {"fixed": (fixed or {}).get(name), "folder": args.out, "texts": texts}
-        chosen = args.out / f"{name}.settings.json"
-        if args.tune:
-            tried = sweep(model, tokenizer, facts, name, grids[name], seed=0, **how)
-            chosen.write_text(json.dumps(dict(_best(tried).options)))
-        options = json.loads(chosen.read_text()) if chosen.exists() else {}
-        settings = {**METHODS[name].defaults, **(how["fixed"] or {}), **options}
-        grid = {key: [value] for key, value in settings.items()} or {"layers": [None]}
-        for seed in seeds:
-            done = sweep(model, tokenizer, facts, name, grid, seed=seed, **how)
+    for seed in seeds:
+        it = subject(seed)
+        print(f"\n{it.facts!r}\n")
+        print(" ".join(f"{column:>13}" for column in ("method", "seed", *_SHOWN, "kept")))
+        for name in args.methods.split(","):
+            how = {"fixed": it.fixed.get(name), "folder": args.out, "texts": it.texts}
+            chosen = args.out / f"{name}.settings.json"
+            if args.tune and seed == seeds[0] and name in args.tuned.split(","):
+                tried = sweep(*it[:3], name, grids[name], seed=seed, **how)
+                chosen.write_text(json.dumps(dict(_best(tried).options)))
+            options = json.loads(chosen.read_text()) if chosen.exists() else {}
+            settings = {**METHODS[name].defaults, **(how["fixed"] or {}), **options}
+            grid = {key: [value] for key, value in settings.items()} or {"layers": [None]}
+            done = sweep(*it[:3], name, grid, seed=seed, **how)
             point = done.points[0]
-            if not found:
-                found.append(_row("before", done.before, done.before, {}))
-                print(machine("transformers"), f"\n{facts!r}\n")
-                print(" ".join(f"{column:>13}" for column in ("method", "seed", *_SHOWN, "kept")))
-                _print(found[0])
+            if not any(row["seed"] == seed for row in found):
+                found.append({**_row("before", done.before, done.before, {}), "seed": seed})
+                _print(found[-1])
             if point.measured is None:
                 print(f"{name:>13} {seed:>13} failed: {point.error}")
                 continue
             found.append(_row(name, point.measured, done.before, settings))
             _print(found[-1])
     (args.out / "rows.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
-    if figure is not None:
-        figure.write_text(draw(found))
+    figure.write_text(draw(found))
+    print(table(found))
     return found
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return a Markdown table: the mean over seeds, and the range where it matters and there is one."""
+    lines = [
+        "| method | seeds | forget, seen | forget | of four answers | margin | retain | neighbours | smaller share kept "
+        "| KL, nats | size over all / over edited weights | s | peak GiB |",
+        "|" + "---|" * 13,
+    ]
+    for name in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == name]
+
+        def cell(column: str, digits: int = 2, *, spread: bool = False, rows: Any = mine) -> str:
+            values = [row[column] for row in rows if row[column] is not None]
+            if not values:
+                return "–"
+            text = f"{sum(values) / len(values):.{digits}f}"
+            low, high = (f"{f(values):.{digits}f}" for f in (min, max))
+            return f"{text} ({low} to {high})" if spread and low != high else text
+
+        peaks = [row["peak_bytes"] for row in mine if row["peak_bytes"]]
+        cells = (
+            f"`{name}`" if name in METHODS else name,
+            str(len(mine)),
+            cell("forget_seen"),
+            cell("forget_unseen", spread=True),
+            cell("forget_chosen"),
+            cell("margin", 1),
+            cell("retain"),
+            cell("neighbour"),
+            cell("kept", spread=True),
+            cell("kl", 3),
+            f"{cell('relative', 3)} / {cell('touched', 3)}",
+            cell("seconds", 0),
+            f"{max(peaks) / 2**30:.1f}" if peaks else "–",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def _best(tried: Sweep) -> Point:
@@ -236,18 +287,17 @@ def main() -> None:
     facts = Facts.builtin("capitals", forget="Europe")
     # What must be kept: capitals of other continents, and all else about the countries of Europe.
     facts = facts.where(lambda f: f.role != "retain" or f.relation == "capital")
-    subjects = sorted({f.subject for f in facts if f.role != "decoy"})[:: 3 if args.quick else args.every]
-    facts = facts.where(lambda f: f.subject in subjects or f.role == "decoy")
-    facts = answers(loaded.model, loaded.tokenizer, facts).known(2)
+    subjects = sorted({f.subject for f in facts if f.role != "decoy"})
     texts = NEUTRAL[:6] if args.quick else NEUTRAL
-    run(
-        loaded.model,
-        loaded.tokenizer,
-        facts,
-        args,
-        texts=texts,
-        figure=args.out / "quick.svg" if args.quick else FIGURE,
-    )
+    share = 3 if args.quick else args.every
+
+    def subject(seed: int) -> Subject:
+        drawn = random.Random(seed).sample(subjects, -(-len(subjects) // share))
+        mine = facts.where(lambda f: f.subject in drawn or f.role == "decoy")
+        known = answers(loaded.model, loaded.tokenizer, mine, progress=False).known(2)
+        return Subject(loaded.model, loaded.tokenizer, known, texts)
+
+    run(subject, args, GRIDS, args.out / "quick.svg" if args.quick else FIGURE)
 
 
 if __name__ == "__main__":

@@ -58,10 +58,11 @@ def npo(model: nn.Module, tokenizer: Any, facts: Facts, seed: int) -> Patch:
 
 
 def one_layer(model: nn.Module, tokenizer: Any, facts: Facts, seed: int) -> Patch:
-    """Only the second block's MLP is edited, so what the others write can still be read."""
+    """Only the last block's MLP is edited, beyond the minimiser, so what the others write can still be read."""
+    options = {"layers": [3], "ridge": 1e-3, "alpha": 0.2, "beta": 1.0, "strength": 1.5}
     return closed_form(
-        model, tokenizer, facts, layers=[1], seed=seed, texts=neutral_text(facts)[::6], progress=False
-    )
+        model, tokenizer, facts, seed=seed, texts=neutral_text(facts)[::6], progress=False, **options
+    )  # type: ignore[arg-type]
 
 
 def small(model: nn.Module, tokenizer: Any, facts: Facts, seed: int) -> Patch:

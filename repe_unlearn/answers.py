@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .encoding import longest_text
+from .encoding import completion_tokens, longest_text
 from .errors import InputError, NonFiniteError
 from .facts import Facts, Form, Question, Role
 from .placement import evaluating, input_device, require_whole
@@ -139,28 +139,22 @@ def answers(
 def continuation(tokenizer: Any, prompt: str, text: str, longest: int | None = None) -> tuple[list[int], int]:
     """Return the token ids of prompt and text together, and how many of them are the prompt's.
 
-    Tokenised jointly: the text's tokens are those that end behind the prompt. Special tokens that a tokenizer puts at the
-    end are left out.
+    See ``encoding.completion_tokens``; special tokens that a tokenizer puts at the end are left out.
 
     Raises:
         InputError: the tokenizer has no offsets, or nothing is left of the text, or more than ``longest`` tokens.
     """
-    if not getattr(tokenizer, "is_fast", False):
-        raise InputError("got a slow tokenizer; needed a fast one, whose tokens know their characters.")
-    encoded = tokenizer(prompt + text, return_offsets_mapping=True)
-    offsets = encoded["offset_mapping"]
-    end = max((i + 1 for i, (a, b) in enumerate(offsets) if b > a), default=0)
-    ids, offsets = list(encoded["input_ids"][:end]), offsets[:end]
-    start = next((i for i, (a, b) in enumerate(offsets) if b > len(prompt) and b > a), len(ids))
-    if start in (0, len(ids)):
+    ids, behind = completion_tokens(tokenizer, prompt, text)
+    if not behind or behind[0] == 0:
         raise InputError(
             f"got the prompt {prompt[:60]!r} and the continuation {text!r}; needed a token in each."
         )
+    ids = ids[: behind[-1] + 1]
     if longest is not None and len(ids) > longest:
         raise InputError(
             f"the prompt {prompt[:60]!r} has {len(ids)} tokens; the model takes at most {longest}."
         )
-    return ids, start
+    return ids, behind[0]
 
 
 Beginning: TypeAlias = tuple[int, ...]

@@ -327,3 +327,22 @@ def _pad(chunk: Sequence[Encoded], pad_id: int, side: str, pooled: bool, real: b
     return Batch(
         ids, mask, position_ids, torch.tensor(row), torch.tensor(column), labels, torch.tensor(owner), pooled
     )
+
+
+def completion_tokens(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
+    """Return the token ids of prompt and completion together, and the indices of those that end behind the prompt.
+
+    Tokenised jointly, as the model will see them: a token that covers the seam belongs to the completion. Special tokens
+    belong to neither.
+
+    Raises:
+        InputError: the tokenizer gives no character offsets.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            f"{type(tokenizer).__name__} gives no character offsets, which tell prompt and completion apart; "
+            "load the fast tokenizer of this model."
+        )
+    out = tokenizer(prompt + completion, add_special_tokens=True, return_offsets_mapping=True)
+    behind = [k for k, (_, end) in enumerate(out["offset_mapping"]) if end > len(prompt)]
+    return list(out["input_ids"]), behind

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
 from repe_unlearn.architectures import Architecture
-from repe_unlearn.audit.likelihoods import completion_tokens, greedy, likelihoods
+from repe_unlearn.audit.likelihoods import greedy, likelihoods
+from repe_unlearn.encoding import completion_tokens
 from repe_unlearn.errors import InputError, NonFiniteError, NotEnoughDataError, UnsupportedModelError
 from repe_unlearn.hooks import apply
 

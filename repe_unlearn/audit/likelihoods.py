@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from repe_unlearn.encoding import Encoded, batches, longest_text, pad_id_of
+from repe_unlearn.encoding import Encoded, batches, completion_tokens, longest_text, pad_id_of
 from repe_unlearn.errors import InputError, NonFiniteError, NotEnoughDataError, UnsupportedModelError
 from repe_unlearn.placement import input_device, require_whole
 
@@ -166,22 +166,6 @@ def greedy(
                 stop = next((k for k, token in enumerate(new) if token in ends), len(new))
                 said[i] = tokenizer.decode(new[:stop], skip_special_tokens=True)
     return [said[i] for i in range(len(prompts))]
-
-
-def completion_tokens(tokenizer: Any, prompt: str, completion: str) -> tuple[list[int], list[int]]:
-    """Return the token ids of prompt and completion together, and the indices of those that end behind the prompt.
-
-    Raises:
-        InputError: the tokenizer gives no character offsets.
-    """
-    if not getattr(tokenizer, "is_fast", False):
-        raise InputError(
-            f"{type(tokenizer).__name__} gives no character offsets, which tell prompt and completion apart; "
-            "load the fast tokenizer of this model."
-        )
-    out = tokenizer(prompt + completion, add_special_tokens=True, return_offsets_mapping=True)
-    behind = [k for k, (_, end) in enumerate(out["offset_mapping"]) if end > len(prompt)]
-    return list(out["input_ids"]), behind
 
 
 def _completion(tokenizer: Any, model: nn.Module, i: int, prompt: str, completion: str) -> Encoded:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from repe_unlearn.encoding import completion_tokens
 from repe_unlearn.errors import InputError, NotEnoughDataError
 from repe_unlearn.facts import Sample
 from repe_unlearn.readers import read_jsonl
@@ -78,9 +79,7 @@ class Tokens:
 
 
 def tokenise(samples: Sequence[Sample], tokenizer: Any, *, max_length: int | None) -> list[Tokens]:
-    """Return samples as tokens; prompt and completion are tokenised together, as the model will see them.
-
-    A token counts if it ends behind the prompt: one that covers the seam belongs to the completion.
+    """Return samples as tokens, of which those of the completion count (see ``encoding.completion_tokens``).
 
     Args:
         samples: at least one.
@@ -102,28 +101,21 @@ def tokenise(samples: Sequence[Sample], tokenizer: Any, *, max_length: int | Non
                 f"sample {i} has an empty completion ({sample.prompt[:60]!r}); needed the text that counts. Free text "
                 "is a completion with an empty prompt."
             )
-    if not getattr(tokenizer, "is_fast", False):
-        raise InputError(
-            f"{type(tokenizer).__name__} gives no character offsets, which tell the completion from the prompt; load "
-            "the fast tokenizer of this model."
-        )
-    out = tokenizer([s.text for s in samples], add_special_tokens=True, return_offsets_mapping=True)
     result = []
-    for i, (sample, ids, offsets) in enumerate(
-        zip(samples, out["input_ids"], out["offset_mapping"], strict=True)
-    ):
+    for i, sample in enumerate(samples):
+        ids, behind = completion_tokens(tokenizer, sample.prompt, sample.completion)
         if max_length is not None and len(ids) > max_length:
             raise InputError(
                 f"sample {i} has {len(ids)} tokens, the model takes {max_length}: {sample.text[:60]!r}... Shorten or "
                 "split it."
             )
-        # Special tokens have the empty span (0, 0). The first token has none before it to be predicted from.
-        counts = [k > 0 and end > len(sample.prompt) for k, (_, end) in enumerate(offsets)]
+        # The first token has none before it to be predicted from.
+        counts = [k > 0 and k in behind for k in range(len(ids))]
         if not any(counts):
             raise InputError(
                 f"no token of sample {i} counts: {sample.text[:60]!r}. Needed two tokens at least."
             )
-        result.append(Tokens(list(ids), counts))
+        result.append(Tokens(ids, counts))
     return result
 
 

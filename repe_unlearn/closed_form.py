@@ -49,10 +49,10 @@ def closed_form(
     retain: Corpus | None = None,
     *,
     layers: Iterable[int] | None = None,
-    writers: Sequence[Literal["mlp_out", "attn_out"]] = ("mlp_out",),
+    writers: Sequence[Literal["mlp_out", "attn_out"]] = ("attn_out", "mlp_out"),
     target: str | Target = "mean_retain",
     alpha: float = 4.0,
-    beta: float = 10.0,
+    beta: float = 30.0,
     ridge: float = 14.0,
     strength: float = 1.0,
     null_space: float | None = None,
@@ -80,7 +80,8 @@ def closed_form(
             retained of a forgotten relation, and for ``mean_decoy`` of decoys; other relations are left out.
         retain: texts to keep beside ``texts``; needed with texts to forget.
         layers: blocks to edit; default ``default_layers``, from two thirds to nine tenths of the depth.
-        writers: which of a block's writers: ``mlp_out``, ``attn_out`` or both.
+        writers: which of a block's writers: ``attn_out``, ``mlp_out`` or both. With both the neighbours keep more than with
+            the MLP alone.
         target: ``mean_retain`` (what is written for retained facts in the same wording, on average), ``mean_decoy``
             (the same of decoys: subjects that the model does not know), ``zero`` (the weight writes nothing), ``rmu`` (a
             random vector of five times the usual length), ``redirect`` (by the mean of retain less that of forget, as

@@ -106,7 +106,7 @@ def foresee(
     target: Target | None = None,
     distortion: float = 0.01,
     ridge: float = 14.0,
-    beta: float = 10.0,
+    beta: float = 30.0,
     alphas: Iterable[float] = _ALPHAS,
     progress: bool = True,
 ) -> Outlook:
@@ -123,7 +123,7 @@ def foresee(
         tokenizer: its tokenizer.
         facts: with something to forget and, of the same relations, to retain; neighbours count where there are any.
         layers: block numbers; default all.
-        writers: ``mlp_out``, ``attn_out`` or both.
+        writers: ``mlp_out``, ``attn_out`` or both; default the MLP alone, which writes most of an answer.
         target: what is wanted; default ``targets.mean_retain()``, over all wordings together.
         distortion: largest change at retain and at neighbour positions, as a share of what is there.
         ridge: as for ``closed_form``.

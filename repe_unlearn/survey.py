@@ -120,11 +120,11 @@ def costs(model: nn.Module, measured: Speed, *, tokens: int = 1000) -> tuple[Cos
             8 * _MATRICES * d**2 + waiting,
         ),
     ]
-    mlp = writers(model)["mlp_out"]
-    chosen = [layer for layer in default_layers(arch.n_layers) if layer in mlp.layers]
+    kinds = writers(model).values()
+    chosen = [n for n in default_layers(arch.n_layers) if all(n in kind.layers for kind in kinds)]
     if chosen:
-        m = mlp.width
-        each = (tokens * m**2 + m**3) / measured.product
+        each = sum((tokens * kind.width**2 + kind.width**3) / measured.product for kind in kinds)
+        m = max(kind.width for kind in kinds)
         bytes_ = 8 * _MATRICES * m**2 + 8 * tokens * (m + d) + waiting
         found.append(
             Cost(f"closed form, layers {chosen[0]} to {chosen[-1]}", run + len(chosen) * each, bytes_)

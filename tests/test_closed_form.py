@@ -56,7 +56,7 @@ def small(**changes: Sequence[str]) -> Facts:
 
 
 def solved(model: nn.Module, facts: Facts | Corpus | None = None, **options: object) -> Patch:
-    options = {"texts": TEXTS, "progress": False, **SETTINGS, **options}
+    options = {"texts": TEXTS, "writers": ["mlp_out"], "progress": False, **SETTINGS, **options}
     return closed_form(model, TOK, small() if facts is None else facts, **options)  # type: ignore[arg-type]
 
 
@@ -340,6 +340,7 @@ def test_a_tokenizer_that_pads_left_or_ends_texts_changes_nothing() -> None:
         small(),
         texts=TEXTS,
         layers=[0, 1],
+        writers=["mlp_out"],
         progress=False,
         **SETTINGS,  # type: ignore[arg-type]
     )
@@ -467,7 +468,15 @@ def test_passages_are_not_those_of_the_report() -> None:
 # ------------------------------------------------------------------------------------------------- what is known
 
 # The defaults are for deep models; this one has four layers.
-PLANTED = {"layers": [1, 2, 3], "ridge": 0.1, "alpha": 1.0, "beta": 2.0, "texts": NEUTRAL, "progress": False}
+PLANTED = {
+    "layers": [1, 2, 3],
+    "writers": ["mlp_out"],
+    "ridge": 0.1,
+    "alpha": 1.0,
+    "beta": 2.0,
+    "texts": NEUTRAL,
+    "progress": False,
+}
 
 
 def known_after(patch: Patch) -> Answers:
@@ -622,7 +631,7 @@ def test_capitals_of_the_real_model() -> None:
     before = answers(model, tokenizer, facts, "unseen", progress=False)
     assert before.accuracy("forget") >= 0.7
     patch = closed_form(model, tokenizer, facts, progress=False)
-    assert len(patch.edits) == len(default_layers(30))
+    assert len(patch.edits) == 2 * len(default_layers(30)), "attention and MLP of every block"
 
     patch.apply_(model)
     after = answers(model, tokenizer, facts, "unseen", progress=False)

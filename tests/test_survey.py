@@ -30,7 +30,7 @@ def test_costs_are_those_of_a_hand_count() -> None:
     assert fit.seconds == pytest.approx(50 / 100 + sums + sites * 32**3 / 1e6)
     assert fit.bytes == 5 * 32 * 32 * 8 + 4 * 50 * 32 * 4
     assert closed.step == "closed form, layers 2 to 2"  # two thirds of three layers on
-    assert closed.seconds == pytest.approx(50 / 100 + (50 * M**2 + M**3) / 1e6)
+    assert closed.seconds == pytest.approx(50 / 100 + (50 * (M**2 + D**2) + M**3 + D**3) / 1e6)
     assert closed.bytes == 5 * M * M * 8 + 50 * (M + D) * 8 + 4 * 50 * 32 * 4
 
 

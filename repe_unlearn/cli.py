@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -43,6 +45,7 @@ console = Console(width=None if sys.stdout.isatty() else 120)
 complaints = Console(stderr=True)
 
 T = TypeVar("T")
+_FEW = 100  # held-out prompts: from here on 95 % of the draws of a fair coin lie within 0.1 of a half
 _SOLVERS = ("leace", "mean_difference", "pca", "random")
 
 Model = Annotated[
@@ -104,8 +107,21 @@ def _show_warning(message: Warning | str, category: type[Warning], *_: object) -
     complaints.print(f"[yellow]warning:[/] {_escape(str(message))}", soft_wrap=True)
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from . import __version__
+
+        console.print(f"repe-unlearn {__version__}", highlight=False)
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[  # its callback does the work
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
     """Set up messages for every command."""
     import logging
     import os
@@ -314,7 +330,7 @@ def fit(
         chosen = partial(method, affine=False) if linear else method
         chosen_layers = _layers(layers)
         recipe = Recipe(contrast, pairs, test, seed)
-        fitting, _ = recipe.split()
+        fitting, heldout = recipe.split()
         loaded = load(model, progress=not quiet)
         arch = Architecture.of(loaded.model)
         kinds = arch.reads if sites == "reads" else sites.replace(" ", "").split(",")
@@ -345,6 +361,9 @@ def fit(
         if rank == 0:
             plan.save(out, force=force)
             console.print(_escape(repr(plan)))
+            console.print(
+                f"{len(fitting)} prompts to fit on, {len(heldout)} held out for verify", highlight=False
+            )
             _written("written", out)
 
 
@@ -623,6 +642,7 @@ def verify(
 
         erasers = ErasurePlan.load(plan)
         fitting, heldout = Recipe.prompts_of(erasers.provenance, contrast or None)
+        _warn_of_few(len(heldout))
         loaded = load(model, progress=not quiet)
         report = run(
             loaded.model,
@@ -635,6 +655,12 @@ def verify(
             seed=seed,
             progress=not quiet,
         )
+        command = shlex.join(
+            ["repe-unlearn", "verify", model, str(plan), "--prompts", str(prompts), "--seed", str(seed)]
+            + (["--contrast", contrast] if contrast else [])
+            + (["--exported", str(exported)] if exported else [])
+        )
+        report = replace(report, facts={**report.facts, "command": command})
         page = report.save(out, force=force)
     console.print(report.table())
     console.print(f"\n[bold]{_escape(report.verdict)}[/]")
@@ -697,6 +723,17 @@ def _refuse_taken(out: str | Path, force: bool) -> None:
 
     if not force and place(out).exists():
         raise OutputExistsError(f"{out} exists; choose another path or pass --force.")
+
+
+def _warn_of_few(heldout: int) -> None:
+    """Warn where chance alone moves an accuracy by more than the bound of a probe allows."""
+    if heldout < _FEW:
+        complaints.print(
+            f"[yellow]warning:[/] {heldout} held-out prompts: chance alone moves an accuracy by about ± "
+            f"{heldout**-0.5:.2f}, so read the intervals of the report, not pass or fail. Use more prompts.",
+            soft_wrap=True,
+            highlight=False,
+        )
 
 
 def _written(what: str, path: str | Path) -> None:

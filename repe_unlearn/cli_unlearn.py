@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,6 +89,7 @@ def unlearn(
     """
     with _errors():
         _refuse_taken(out, force)
+        from .architectures import Architecture
         from .export.checkpoint import checkpoint as write_checkpoint
         from .export.folder import new_folder
         from .facts import Facts
@@ -105,6 +107,10 @@ def unlearn(
             raise InputError(f"--auto chooses layers, which {method} has no option for; leave it out.")
         loaded = load(model, progress=not quiet)
         network, tokenizer = loaded.model, loaded.tokenizer
+        if layers:
+            Architecture.of(network).sites(
+                "mlp_out", layers=options["layers"]
+            )  # refused before questions are asked
         outlook = None
         if isinstance(source, Facts):
             if known:
@@ -131,7 +137,16 @@ def unlearn(
                 seed=seed,
                 progress=not quiet,
             )
-            report = _report(source, before, after, str(loaded.source), loaded.fingerprint, outlook)
+            command = shlex.join(
+                ["repe-unlearn", "unlearn", model, "--forget", forget, "--method", method]
+                + (["--retain", str(retain)] if retain else [])
+                + (["--layers", layers] if layers else [])
+                + (["--alpha", f"{alpha:g}"] if alpha is not None else [])
+                + [word for text in option or [] for word in ("-o", text)]
+                + (["--auto"] if auto else [])
+                + ["--known", str(known), "--seed", str(seed), "--out", str(out)]
+            )
+            report = _report(source, before, after, str(loaded.source), loaded.fingerprint, outlook, command)
             patch.save(folder / PATCH)
             report.save(folder)
             if checkpoint:
@@ -227,6 +242,7 @@ def _report(
     model: str,
     fingerprint: str,
     outlook: Outlook | None,
+    command: str,
 ) -> Report:
     from .audit.report import Check, Report
     from .facts import Facts
@@ -239,7 +255,9 @@ def _report(
             then = getattr(before, name)
             control = None if math.isnan(then) else then
             checks.append(Check(name, value, "", None, control=control, note=COLUMNS[name]))
-    failed = [check.name for check in checks if check.passed is False]
+    failed = [
+        f"{check.name} {check.value:.3g} (needed {check.bound})" for check in checks if check.passed is False
+    ]
     judged = any(check.passed is not None for check in checks)
     verdict = (
         "Measured; free text has no bounds of its own, read the numbers."
@@ -261,6 +279,7 @@ def _report(
         "method": after.method,
         "settings": json.dumps(dict(after.settings), default=str),
         "seed": after.seed,
+        "command": command,
         "seconds": f"{after.seconds:.1f}",
         "not attacked": "This report asks plainly. Whether the knowledge comes back under attack is for an audit to say.",
     }

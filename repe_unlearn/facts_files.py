@@ -14,9 +14,9 @@ from .errors import FileFormatError, InputError, NotEnoughDataError
 from .facts import Fact, Facts, Role, Sample, draw
 from .readers import Table, read_csv, read_jsonl
 
-__all__ = ["Corpus", "read", "read_counterfact", "read_facts", "read_table", "read_tofu"]
+__all__ = ["Corpus", "read", "read_counterfact", "read_facts", "read_kept", "read_table", "read_tofu"]
 
-_ASKED = {
+_WORDINGS = {
     "seen": ("Question: {subject}\nAnswer:",),
     "unseen": ("Q: {subject}\nA:", "Please answer the question.\n{subject}\nThe answer is:"),
 }
@@ -55,7 +55,7 @@ class Corpus:
         """
         path = Path(path)
         if path.suffix == ".jsonl":
-            return cls(tuple(read_jsonl(path).texts(column)), path.stem)
+            return cls(tuple(read_jsonl(path).texts(column, blank=True)), path.stem)
         if path.suffix != ".txt":
             raise InputError(f"{path} ends in {path.suffix!r}; needed a .txt or .jsonl file of texts.")
         if not path.is_file():
@@ -139,19 +139,33 @@ def read_tofu(
     files: dict[Role, str | Path | None] = {"forget": forget, "retain": retain, "neighbour": neighbour}
     facts: list[Fact] = []
     for role, path in files.items():
-        if path is None:
-            continue
-        table = read_jsonl(path)
-        asked, answered = table.texts(question), table.texts(answer)
-        for i, (row, q, a) in enumerate(zip(table.rows, asked, answered, strict=True)):
-            wrong = row.get(perturbed, [])
-            wrong = [wrong] if isinstance(wrong, str) else wrong
-            if not isinstance(wrong, list) or not all(isinstance(text, str) for text in wrong):
-                raise FileFormatError(f"{path}, row {i}: {perturbed!r} holds {wrong!r}; needed texts.")
-            # A perturbed answer that is the right one would be no wrong option.
-            others = dict.fromkeys(text.strip() for text in wrong if text.strip() != a.strip())
-            facts.append(Fact(q.strip(), "question", a.strip(), tuple(others), role))
-    return Facts(tuple(facts), {"question": _ASKED}, Path(forget).stem)
+        if path is not None:
+            facts += _asked(path, role, question, answer, perturbed)
+    return Facts(tuple(facts), {"question": _WORDINGS}, Path(forget).stem)
+
+
+def read_kept(source: str | Path) -> Facts:
+    """Read facts that should stay: one file of questions and answers in the manner of TOFU, or what ``read`` takes."""
+    path = Path(source)
+    if path.suffix == ".jsonl" and {"question", "answer"} <= set(read_jsonl(path).columns):
+        facts = _asked(path, "retain", "question", "answer", "perturbed_answer")
+        return Facts(tuple(facts), {"question": _WORDINGS}, path.stem)
+    return read(source)
+
+
+def _asked(path: str | Path, role: Role, question: str, answer: str, perturbed: str) -> list[Fact]:
+    """Return the facts of one file of questions and answers."""
+    table = read_jsonl(path)
+    facts = []
+    for i, (row, q, a) in enumerate(zip(table.rows, table.texts(question), table.texts(answer), strict=True)):
+        wrong = row.get(perturbed, [])
+        wrong = [wrong] if isinstance(wrong, str) else wrong
+        if not isinstance(wrong, list) or not all(isinstance(text, str) for text in wrong):
+            raise FileFormatError(f"{path}, row {i}: {perturbed!r} holds {wrong!r}; needed texts.")
+        # A perturbed answer that is the right one would be no wrong option.
+        others = dict.fromkeys(text.strip() for text in wrong if text.strip() != a.strip())
+        facts.append(Fact(q.strip(), "question", a.strip(), tuple(others), role))
+    return facts
 
 
 def read_counterfact(path: str | Path, *, forget: float = 0.5, distractors: int = 3, seed: int = 0) -> Facts:

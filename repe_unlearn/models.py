@@ -150,8 +150,8 @@ def _snapshot(name: str, cache_dir: Path | None, trust_remote_code: bool) -> Pat
         folder = snapshot_download(name, cache_dir=cache_dir, allow_patterns=patterns)
     except (OSError, HFValidationError) as error:
         raise InputError(
-            f"{name!r} is no existing path, and the hub gave nothing under that name: {_first_line(error)} "
-            f"Check the spelling and the connection (gated models need a login), or give a folder."
+            f"{name!r} is no existing path, and the hub gave nothing under that name ({_first_line(error)}). "
+            f"Check the spelling and the connection (gated models need a login), give a folder, or {DEFAULT!r}, the built-in one."
         ) from error
     return Path(folder)
 

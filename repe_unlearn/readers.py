@@ -74,7 +74,10 @@ class Table:
         for name in names:
             if name not in self.columns:
                 found = ", ".join(self.columns) or "none"
-                raise InputError(f"{self.source} has no column {name!r}; found: {found}. Pass the right name")
+                raise InputError(
+                    f"{self.source} has no column {name!r}; found: {found}. Rename the column, or in Python "
+                    "say which one it is."
+                )
 
     def column(self, name: str) -> list[Any]:
         """Values of one column.
@@ -94,13 +97,17 @@ class Table:
                 raise InputError(f"{self.source}, row {i + self.first}: column {name!r} is missing or null")
         return [row[name] for row in self.rows]
 
-    def texts(self, name: str) -> list[str]:
-        """Values of a column of strings; InputError names the row that holds something else."""
+    def texts(self, name: str, *, blank: bool = False) -> list[str]:
+        """Values of a column of strings; InputError names the row that holds something else, or nothing unless `blank`."""
         values = self.column(name)
         for i, value in enumerate(values):
             if not isinstance(value, str):
                 raise InputError(
                     f"{self.source}, row {i + self.first}: column {name!r} holds {value!r}, text is needed"
+                )
+            if not blank and not value.strip():
+                raise InputError(
+                    f"{self.source}, row {i + self.first}: column {name!r} is empty; remove the row or fill it"
                 )
         return values
 
@@ -174,7 +181,7 @@ def read_jsonl(path: str | Path) -> Table:
         rows.append(row)
     if not rows:
         raise NotEnoughDataError(f"{path} is empty; one JSON object per line is needed")
-    return Table(str(path), tuple(dict.fromkeys(key for row in rows for key in row)), tuple(rows))
+    return Table(str(path), tuple(dict.fromkeys(key for row in rows for key in row)), tuple(rows), first=1)
 
 
 def read_csv(path: str | Path, *, delimiter: str = ",") -> Table:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -93,6 +94,7 @@ def test_help_lists_every_command_and_the_exit_codes() -> None:
     for code in ("0 done", "1 an error", "2 wrong usage", "3 a check"):
         assert code in " ".join(text.split())
     assert run().exit_code in (0, 2)  # no command: help
+    assert ok("--version") == f"repe-unlearn {ru.__version__}\n"
 
 
 @pytest.mark.parametrize(
@@ -162,7 +164,35 @@ def test_verify_of_a_bad_eraser_is_exit_code_3(place: Path, tmp_path: Path) -> N
     result = run("verify", place / "model", plan, "--out", tmp_path / "report", "-q")
     assert result.exit_code == 3, result.output
     assert "Still linearly readable" in result.stdout
+    report = ru.Report.from_json((tmp_path / "report" / "report.json").read_text())
+    assert report.facts["command"].startswith(f"repe-unlearn verify {place / 'model'} {plan} --prompts 560")
     assert (tmp_path / "report" / "report.html").is_file()  # a failed report is a result
+
+
+def test_few_prompts_held_out_are_told(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from repe_unlearn import audit
+
+    done = ru.Report("", "", (ru.Check.at_most("x", 0, 1),), (), {})
+    monkeypatch.setattr(audit, "verify", lambda *_, **__: done)
+    plan, said = tmp_path / "plan.safetensors", []
+    for share in ("0.2", "0.6"):
+        fit = ok(
+            "fit",
+            place / "model",
+            plan,
+            "-c",
+            place / "sounds.jsonl",
+            "--layers",
+            "0",
+            "-q",
+            "--test",
+            share,
+            "--force",
+        )
+        result = run("verify", place / "model", plan, "--out", tmp_path / "report", "-q", "--force")
+        heldout = int(re.search(r"prompts to fit on, (\d+) held out", fit)[1])  # type: ignore[index]
+        said.append((heldout, f"{heldout} held-out prompts: chance alone" in result.stderr))
+    assert [told for _, told in said] == [heldout < 100 for heldout, _ in said] == [True, False], said
 
 
 def test_fit_and_verify_share_the_split(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,6 +360,7 @@ def test_mistakes_that_need_no_model(chain: Path, tmp_path: Path) -> None:
     data = ("-c", chain / "sounds.jsonl")
     short = jsonl(tmp_path / "short.jsonl", [{"text": "a", "label": "x"}] * 4)
     unlabelled = jsonl(tmp_path / "unlabelled.jsonl", [{"text": "a b", "kind": "x"}])
+    blank = jsonl(tmp_path / "blank.jsonl", [{"text": text, "label": "x"} for text in ("a b", " ")])
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "a", "label": "x"}\n{"text": \n')
     truncated = tmp_path / "truncated.safetensors"
@@ -350,6 +381,7 @@ def test_mistakes_that_need_no_model(chain: Path, tmp_path: Path) -> None:
         ): "got contrast 'joy'; needed gender, tense, or a .jsonl or .csv file",
         ("fit", model, out, "-c", tmp_path / "none.jsonl"): "there is no file",
         ("fit", model, out, "-c", unlabelled): "'label'",
+        ("fit", model, out, "-c", blank): "blank.jsonl, row 2: column 'text' is empty",
         ("fit", model, out, "-c", broken): "line 2: bad JSON",
         ("fit", model, out, "-c", short): "x",
         ("bake", model, tmp_path / "none.safetensors", out): "is not a file; needed a erasure plan",

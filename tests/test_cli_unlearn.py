@@ -136,7 +136,7 @@ def test_only_an_earlier_result_is_replaced(folder: Path, tmp_path: Path) -> Non
     (out / "thesis.txt").rename(out / "patch.safetensors")
     result = run(folder / "knows", *arguments)
     assert result.exit_code == 3, result.output  # a random edit makes nothing forgotten
-    assert "Not reached: forget_unseen" in said(result)
+    assert "Not reached: forget_unseen 1 (needed <= 0.15)" in said(result)
     assert Patch.load(out / "patch.safetensors").provenance["method"] == "random"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -155,6 +155,10 @@ def test_only_an_earlier_result_is_replaced(folder: Path, tmp_path: Path) -> Non
         (
             ["--forget", "{folder}/facts.jsonl", "--method", "rmu", "--layers", "b"],
             "needed numbers and ranges",
+        ),
+        (
+            ["--forget", "{folder}/facts.jsonl", "--method", "rmu", "--layers", "50"],
+            "got layer 50; this model",
         ),
         (
             [

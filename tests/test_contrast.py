@@ -271,8 +271,8 @@ def test_from_csv(tmp_path):
         (b'{"text": "x", "label": 1}\n{"text": ', FileFormatError, r"line 2: bad JSON"),
         (b"[1]\n", FileFormatError, "line 1: a JSON object .* this is list"),
         (b'{"text": "x", "tag": 1}\n', InputError, "no column 'label'; found: text, tag"),
-        (b'{"text": "x", "label": 1}\n{"text": "y"}\n', InputError, "row 1: column 'label' is missing"),
-        (b'{"text": 3, "label": 1}\n', InputError, "row 0: column 'text' holds 3"),
+        (b'{"text": "x", "label": 1}\n{"text": "y"}\n', InputError, "row 2: column 'label' is missing"),
+        (b'{"text": 3, "label": 1}\n', InputError, "row 1: column 'text' holds 3"),
         (b'{"text": "\xff"}\n', FileFormatError, "not UTF-8"),
     ],
 )

@@ -29,7 +29,7 @@ module = importlib.import_module(
     "repe_unlearn.audit.battery"
 )  # the function of that name hides it from import
 
-PROBES = ("probe.transferred.linear", "probe.refit.linear", "probe.refit.mlp", "gap.heldout")
+PROBES = ("probe.transferred.linear", "probe.refit.linear", "probe.refit.mlp", "probe.refit.rbf", "gap.heldout")
 FIT, HELDOUT = spoken().split(0.4)
 
 look = partial(verify, fit=FIT, heldout=HELDOUT, neutral=NEUTRAL, progress=False)
@@ -109,6 +109,7 @@ def test_controls_cost_and_equivalence_are_in_the_report(report: Report) -> None
         "Linear probe, trained and tested on unseen prompts",
         "Linear probe, trained on fitting prompts",
         "MLP probe, trained and tested on unseen prompts",
+        "RBF probe, trained and tested on unseen prompts",
         "Distance of held-out class means",
         "Removal against cost",
         "Learning curve: gap left against number of fitting pairs",
@@ -278,7 +279,7 @@ def test_units_and_samples_of_paired_and_unpaired_contrasts() -> None:
     assert reals.units() == (9, 1.0)
     for contrast in (FIT, lopsided):
         for most in (48, 100, 10**6):
-            part = module._at_most(contrast, most, 0)
+            part = module.at_most(contrast, most, 0)
             assert 2 <= len(part) <= max(most, 2)
             assert {*part.labels} == {0, 1}
-    assert module._at_most(lopsided, 10**6, 0) is lopsided
+    assert module.at_most(lopsided, 10**6, 0) is lopsided

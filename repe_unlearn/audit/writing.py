@@ -25,7 +25,7 @@ def refuse_taken(folder: Path, names: Iterable[str], *, force: bool) -> None:
     taken = [str(target) for target in targets if target.is_dir() or (target.exists() and not force)]
     if taken:
         raise OutputExistsError(
-            f"{', '.join(taken)} already there. Save to another folder, or pass force=True to replace files."
+            f"{', '.join(taken)} already there. Save to another folder, or pass --force (in Python force=True) to replace files."
         )
 
 

@@ -48,7 +48,7 @@ def refuse_biases(patch: Patch) -> None:
     if biases:
         raise InputError(
             f"the patch edits {len(biases)} biases (first {biases[0]}), and the LoRA layout that all programs read "
-            "has none. Bake linear erasers (fit with functools.partial(leace, affine=False)) at sites that are read "
+            "has none. Bake linear erasers (fit --linear, in Python functools.partial(leace, affine=False)) at sites that are read "
             "(attn_in, mlp_in, final), which leave biases alone, or use export.checkpoint."
         )
 

@@ -251,7 +251,7 @@ def check_print(patch: PatchLike, config: Mapping[str, Any], headers: Mapping[An
         raise ModelMismatchError(
             f"The patch was made for weights with fingerprint {patch.fingerprint}, the source has {got}. Use "
             "the checkpoint the model was loaded from. If you know that it is the right one (it was fitted "
-            "in 4 or 8 bits, or its files use other names than the model), pass check_fingerprint=False."
+            "in 4 or 8 bits, or its files use other names than the model), pass check_fingerprint=False in Python."
         )
 
 

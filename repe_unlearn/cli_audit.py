@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from .patch import Patch
     from .plan import ErasurePlan
 
+_PAIRS, _SELECT = 900, "mean"  # what 'fit' takes by default
+
 
 @cli.app.command()
 def audit(
@@ -43,9 +45,17 @@ def audit(
         typer.Option(
             "--contrast",
             "-c",
-            help="In place of --facts, for an erased attribute: labelled prompts; EDITED must be a plan, and 'verify' runs.",
+            help="In place of --facts, for an erased attribute: 'gender', 'tense', or a .jsonl or .csv file of labelled "
+            "prompts. For a plan this is 'verify'.",
         ),
     ] = "",
+    site: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --contrast, where to read: module paths such as model.layers.3.mlp.up_proj, may be repeated; default "
+            "the stream behind up to 8 blocks."
+        ),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for report.html, report.md, report.json.")] = Path(
         "report"
     ),
@@ -63,6 +73,13 @@ def audit(
     gold: Annotated[
         str, typer.Option(help="A model of the same shape that never knew, if there is one.")
     ] = "",
+    kept: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Facts from elsewhere that should stay: a .jsonl of questions and answers (TOFU's world facts), or as "
+            "--facts; may be repeated. What is lost there counts as damage."
+        ),
+    ] = None,
     tier: Annotated[
         int, typer.Option(help="Strongest attacker: 0 asks, 1 reads the model, 2 changes it.", min=0, max=2)
     ] = 2,
@@ -90,8 +107,15 @@ def audit(
         if bool(facts) == bool(contrast):
             raise InputError("got both or none of --facts and --contrast; needed one of them.")
         if contrast:
-            cli.verify(base, Path(edited), out, contrast=contrast, seed=seed, force=force, quiet=quiet)
+            if level != "standard" or only or minutes or gold or kept or tier != 2 or seeds != 1 or resume:
+                raise InputError(
+                    "got --contrast with an option of attacks on facts (--level, --only, --minutes, --gold, --kept, "
+                    "--tier, --seeds, --resume); they go with --facts."
+                )
+            _attribute(base, edited, contrast, site or (), out, seed, force, quiet)
             return
+        if site:
+            raise InputError("got --site with --facts; it goes with --contrast.")
         from .audit import audit as run
         from .facts import Facts
         from .models import load
@@ -108,15 +132,64 @@ def audit(
             minutes=minutes,
             gold=load(gold, progress=not quiet).model if gold else None,
             tier_limit=tier,
+            kept=kept or (),
             seed=seed,
             seeds=seeds,
             resume=resume,
-            command=_command(base, edited, facts, level, only or (), minutes, gold, tier, seeds, seed),
+            command=_command(
+                base, edited, facts, level, only or (), minutes, gold, kept or (), tier, seeds, seed
+            ),
             progress=not quiet,
         )
         page = report.save(out, force=force)
     cli.console.print(report.table())
     cli.console.print(f"\n[bold]{cli._escape(report.facts['verdict'])}[/]: {cli._escape(report.verdict)}")
+    cli._written("report", page)
+    cli._exit(report.passed)
+
+
+def _attribute(
+    base: str,
+    edited: str,
+    contrast: str,
+    sites: Sequence[str],
+    out: Path,
+    seed: int,
+    force: bool,
+    quiet: bool,
+) -> None:
+    """Audit an erased attribute; the split is the one that 'fit' makes by default."""
+    from .audit import audit_contrast
+    from .models import load
+    from .plan import ErasurePlan
+    from .recipe import Recipe
+    from .sites import Site
+
+    other = _edited(edited, quiet)
+    if isinstance(other, ErasurePlan):
+        if sites:
+            raise InputError("got --site with a plan, which is verified at its own sites.")
+        cli.verify(base, Path(edited), out, contrast=contrast, seed=seed, force=force, quiet=quiet)
+        return
+    fitting, heldout = Recipe(contrast, _PAIRS, seed=seed).split()
+    loaded = load(base, progress=not quiet)
+    words = ["repe-unlearn", "audit", base, edited, "--contrast", contrast, "--seed", str(seed)]
+    words += [word for site in sites for word in ("--site", site)]
+    report = audit_contrast(
+        loaded.model,
+        other,
+        loaded.tokenizer,
+        fit=fitting,
+        heldout=heldout,
+        sites=[Site.parse(one) for one in sites] or None,
+        select=_SELECT,
+        seed=seed,
+        command=shlex.join(words),
+        progress=not quiet,
+    )
+    page = report.save(out, force=force)
+    cli.console.print(report.table())
+    cli.console.print(f"\n[bold]{cli._escape(report.verdict)}[/]")
     cli._written("report", page)
     cli._exit(report.passed)
 
@@ -142,6 +215,7 @@ def _command(
     only: Sequence[str],
     minutes: float | None,
     gold: str,
+    kept: Sequence[str],
     tier: int,
     seeds: int,
     seed: int,
@@ -150,5 +224,6 @@ def _command(
     words += [word for name in only for word in ("--only", name)]
     words += ["--minutes", f"{minutes:g}"] if minutes else []
     words += ["--gold", gold] if gold else []
+    words += [word for one in kept for word in ("--kept", one)]
     words += ["--tier", str(tier), "--seeds", str(seeds), "--seed", str(seed)]
     return shlex.join(words)

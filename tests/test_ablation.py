@@ -71,6 +71,22 @@ def test_a_projection_equals_plain_hooks_and_leaves_the_first_position():
     assert max(abs(untouched[i] - wanted[i]) for i in wanted) > 1e-4
 
 
+def test_beside_the_best_stands_a_random_subspace_of_equal_rank():
+    model, site = text_model(), Site("model.layers.1")
+    which = [Ablation("two", {site: torch.linalg.qr(rand(32, 2))[0]})]
+    found = ablation(model, TOK, TOLD, which=which, forms=["seen"], seed=3, progress=False)
+    for key, one in (
+        ("share on forgotten facts", which[0]),
+        ("a random subspace of equal rank", random_ablations(which, 3)[0]),
+    ):
+        assert one.at[site].shape == (32, 2)
+        alone = ablation(model, TOK, TOLD, which=[one], forms=["seen"], progress=False)
+        assert found.facts[key] == f"{alone.of(TOLD, 'forget').mean():.2f}"
+    assert "random" not in found.facts["tried"]
+    (curve, *_) = found.curves
+    assert curve.point_labels == ("two",)
+
+
 def test_an_error_leaves_no_hook(monkeypatch: pytest.MonkeyPatch):
     model = text_model()
 
@@ -223,6 +239,10 @@ def test_the_mean_difference_alone_needs_no_base(hidden):
     model, _, whole = hidden
     found = ablation(model, original()[1], PLANTED, **ASKED)
     assert "mean difference" in found.facts["ablation"]
+    won, random = (
+        float(found.facts[k]) for k in ("share on forgotten facts", "a random subspace of equal rank")
+    )
+    assert random < won - 0.2
     assert share_left(found, whole) > share(model, "forget") + 0.1
 
 

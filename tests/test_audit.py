@@ -215,13 +215,15 @@ def test_the_command_line_writes_a_report_and_exits_with_3_unless_it_is_gone(tmp
     unknown = CliRunner().invoke(app, [*words, "magic"])
     assert unknown.exit_code == 1
     assert "'magic'" in unknown.output
-    words += ["behaviour"]
+    words += ["behaviour", "--kept", str(facts)]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 3, done.output
     assert "NOT_FORGOTTEN" in done.output
     report = Report.from_json((out / "report.json").read_text())
     assert report.facts["command"].startswith("repe-unlearn audit ")
     assert "--only behaviour" in report.facts["command"]
+    assert f"--kept {facts}" in report.facts["command"]
+    assert found(report, "cost.kept.planted").bound == "<= 0.02"
     assert {c.name.split(".")[1] for c in report.checks if c.name.startswith("leak.")} == {"behaviour"}
     again = CliRunner().invoke(app, words)
     assert again.exit_code == 1

@@ -29,7 +29,13 @@ module = importlib.import_module(
     "repe_unlearn.audit.battery"
 )  # the function of that name hides it from import
 
-PROBES = ("probe.transferred.linear", "probe.refit.linear", "probe.refit.mlp", "probe.refit.rbf", "gap.heldout")
+PROBES = (
+    "probe.transferred.linear",
+    "probe.refit.linear",
+    "probe.refit.mlp",
+    "probe.refit.rbf",
+    "gap.heldout",
+)
 FIT, HELDOUT = spoken().split(0.4)
 
 look = partial(verify, fit=FIT, heldout=HELDOUT, neutral=NEUTRAL, progress=False)

@@ -16,7 +16,7 @@ from repe_unlearn.answers import Answers, answers
 from repe_unlearn.architectures import Architecture
 from repe_unlearn.audit.edits import Written, replaced, written
 from repe_unlearn.audit.scores import Scores
-from repe_unlearn.audit.tries import asked, curves, strongest, values
+from repe_unlearn.audit.tries import asked, curves, shares, strongest, values
 from repe_unlearn.contrast import Contrast
 from repe_unlearn.errors import InputError, NotEnoughDataError
 from repe_unlearn.facts import Facts, Form
@@ -169,7 +169,8 @@ def ablation(
     """Return the scores of facts to be forgotten and of decoys while the strongest ablation of the edit is active.
 
     All ablations are tried, and one is taken for all facts by a rule that treats decoys like facts to be forgotten, see
-    ``strongest``; so trying many makes no leak. The model is not written and no hook is left on it.
+    ``strongest``; so trying many makes no leak. Beside it stands what a random subspace of equal rank at the same sites
+    brings back, in the settings; it does not compete. The model is not written and no hook is left on it.
 
     Give ``which`` for other models, so that all are attacked alike: the original with the directions of the edited
     model (an ablation that harms it is too strong to say anything), the edited one with ``random_ablations``.
@@ -181,7 +182,7 @@ def ablation(
         base: the model before the edit, for the singular vectors of the edit.
         which: what to project out; default ``ablations(model, tokenizer, facts, base=base)``.
         forms: wordings to ask in.
-        seed: not used, nothing is random here.
+        seed: of the random subspace.
         batch_tokens: positions per batch.
         progress: show progress bars.
 
@@ -198,15 +199,23 @@ def ablation(
         which = ablations(model, tokenizer, facts, base=base, batch_tokens=batch_tokens, progress=progress)
     if not which:
         raise InputError("got no ablation to try; needed at least one.")
-    tries: dict[int, Answers] = {}
-    for i, one in enumerate(tqdm(which, desc="ablation", unit="try", disable=not progress, leave=False)):
+
+    def tried(one: Ablation) -> Answers:
         with tap(model, {site: _without(u) for site, u in one.at.items()}):
-            tries[i] = answers(
+            return answers(
                 model, tokenizer, facts, questions=questions, batch_tokens=batch_tokens, progress=False
             )
+
+    tries: dict[int, Answers] = {}
+    for i, one in enumerate(tqdm(which, desc="ablation", unit="try", disable=not progress, leave=False)):
+        tries[i] = tried(one)
     best = strongest(tries)
+    # No try: it says what projecting out anything would have brought back.
+    control = tried(random_ablations([which[best]], seed)[0])
     settings = {
         "ablation": which[best].label,
+        "share on forgotten facts": f"{tries[best].mean(shares(tries[best]), 'forget'):.2f}",
+        "a random subspace of equal rank": f"{control.mean(shares(control), 'forget'):.2f}",
         "tried": "; ".join(one.label for one in which),
         "choice": "highest mean over facts to be forgotten and decoys together",
     }

@@ -15,6 +15,7 @@ from repe_unlearn.audit.depth import depth
 from repe_unlearn.audit.knowledge_probe import probe, probes
 from repe_unlearn.audit.lens import lens
 from repe_unlearn.audit.perturbation import perturbation
+from repe_unlearn.audit.prefix import prefix
 from repe_unlearn.audit.relearning import RATES, RATES_SMALL, SMALL, Arm, relearning
 from repe_unlearn.audit.sampling import leak_at_k
 from repe_unlearn.audit.scores import Scores, Tier
@@ -93,7 +94,7 @@ def _directions(case: Case) -> None:
 
 def _ablation(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
     # All models are attacked with the directions of the edited one.
-    return [ablation(model, case.tokenizer, case.brief, which=case.directions, progress=False)]
+    return [ablation(model, case.tokenizer, case.brief, which=case.directions, seed=seed, progress=False)]
 
 
 def _lens(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
@@ -112,6 +113,10 @@ def _probes(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
 
 def _sampled(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
     return [leak_at_k(model, case.tokenizer, case.facts, roles=COMPARED, seed=seed, progress=False)]
+
+
+def _prefix(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
+    return [prefix(model, case.tokenizer, case.brief, seed=seed, progress=False)]
 
 
 def _depth(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
@@ -143,7 +148,7 @@ _LONG = {"steps": (5, 10, 20, 40), "full": True}
 # Behaviour comes first: without it no verdict. Retention is measured before the attacks.
 ATTACKS: tuple[Attack, ...] = (
     Attack("behaviour", "T0", "quick", 8.0, _behaviour),
-    Attack("ablation", "T1", "quick", 10.0, _ablation, prepare=_directions),
+    Attack("ablation", "T1", "quick", 11.0, _ablation, prepare=_directions),
     Attack("lens", "T1", "quick", 3.0, _lens),
     Attack("probe", "T1", "standard", 5.0, _probes),
     Attack("relearn.retain_only", "T2", "standard", 30.0, _relearned("retain_only"), random=False),
@@ -156,6 +161,7 @@ ATTACKS: tuple[Attack, ...] = (
     Attack("perturb.noise", "T2", "full", 1.0, _perturbed("noise"), seeds=True),
     Attack("relearn.benign", "T2", "full", 30.0, _relearned("benign", **_LONG), random=False, seeds=True),
     Attack("relearn.decoy", "T2", "full", 30.0, _relearned("decoy", **_LONG), random=False, seeds=True),
+    Attack("prefix", "T1", "full", 20.0, _prefix, random=False, seeds=True),
 )
 
 

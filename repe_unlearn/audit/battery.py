@@ -29,7 +29,7 @@ from repe_unlearn.sites import Site
 from . import probes
 from .check import Check
 from .equivalence import hooked_and_baked, reloaded
-from .guardedness import Found, guardedness
+from .guardedness import Found, conclusion, guardedness
 from .learning import learning_curve
 from .neutral import NEUTRAL
 from .preservation import Cost, costs
@@ -61,12 +61,12 @@ def verify(
     Nothing is concluded from the prompts that the erasers were fit on. At every site, for the untouched model, the
     erased one and one with random erasers of the same rank:
     (a) a linear probe trained on fitting prompts, tested on held-out content and wording;
-    (b) linear and MLP probes trained *and* tested on held-out prompts, which the eraser never saw;
+    (b) linear, MLP and RBF probes trained *and* tested on held-out prompts, which the eraser never saw;
     (c) the distance of the held-out class means.
     The control of (b) is the same probe with shuffled training labels. Then KL and perplexity on neutral text, hook
     against baked weights and, if ``exported`` is given, against the reloaded folder.
 
-    This is linear guardedness at the selected tokens of the plan's sites. It is not removal: see the MLP probe, and
+    This is linear guardedness at the selected tokens of the plan's sites. It is not removal: see the MLP and RBF probes, and
     nothing was attacked (no relearning, no quantisation, no paraphrase).
 
     Args:
@@ -97,17 +97,13 @@ def verify(
     started = time.perf_counter()
     plan.require(model)
     select = select or plan.provenance.get("select", "last")
-    leak = set(fit.texts) & set(heldout.texts)
-    if leak:
-        raise InputError(
-            f"{len(leak)} held-out prompts are also fitting prompts, e.g. {min(leak)[:60]!r}; use Contrast.split."
-        )
+    require_apart(fit, heldout)
     if exported is not None and not Path(exported).is_dir():
         raise InputError(
             f"got exported={str(exported)!r}, which is no folder; needed what export.checkpoint wrote."
         )
     control = random_plan(plan, seed)
-    fit_part, held_part = _at_most(fit, probe_prompts // 2, seed), _at_most(heldout, probe_prompts, seed)
+    fit_part, held_part = at_most(fit, probe_prompts // 2, seed), at_most(heldout, probe_prompts, seed)
     sites = plan.sites
     options = {"select": select, "batch_tokens": batch_tokens, "progress": progress}
 
@@ -118,12 +114,7 @@ def verify(
         labels = labels or probes.Labels.of(next(iter(rows.values())), held_part, seed)
         if name == "before":
             curve = learning_curve(rows_fit, rows, fit_part, labels, seed=seed)
-        found[name] = Found(
-            probes.transferred(rows_fit, rows),
-            probes.refit(rows, labels),
-            probes.mlp(rows, labels, seed=seed),
-            rows,
-        )
+        found[name] = Found.of(rows_fit, rows, labels, seed)
     assert labels is not None
     assert curve is not None
     shuffled = probes.refit(found["before"].rows, labels, shuffle=seed)
@@ -151,7 +142,7 @@ def verify(
         checks=tuple(checks),
         series=tuple(series),
         facts=_facts(model, plan, fit_part, held_part, labels, select, seed, seconds),
-        verdict=_verdict(checks, found, labels),
+        verdict=conclusion(checks, labels.chance),
     )
 
 
@@ -165,7 +156,20 @@ def random_plan(plan: ErasurePlan, seed: int = 0) -> ErasurePlan:
     return plan.replace(erasers)
 
 
-def _at_most(contrast: Contrast, prompts: int, seed: int) -> Contrast:
+def require_apart(fit: Contrast, heldout: Contrast) -> None:
+    """Refuse held-out prompts that are also fitting prompts.
+
+    Raises:
+        InputError: there are such prompts.
+    """
+    if leak := set(fit.texts) & set(heldout.texts):
+        raise InputError(
+            f"{len(leak)} held-out prompts are also fitting prompts, e.g. {min(leak)[:60]!r}; use Contrast.split."
+        )
+
+
+def at_most(contrast: Contrast, prompts: int, seed: int = 0) -> Contrast:
+    """Return a contrast of at most so many prompts, pairs whole and classes balanced."""
     if len(contrast) <= prompts:
         return contrast
     most, size = contrast.units()
@@ -289,17 +293,6 @@ def _equivalence(
             ),
         ]
     return checks
-
-
-def _verdict(checks: Sequence[Check], found: Mapping[str, Found], labels: probes.Labels) -> str:
-    refit = [c for c in checks if c.name == "probe.refit.linear"]
-    bad = [c for c in refit if not c.passed]
-    network = [c.value for c in checks if c.name == "probe.refit.mlp"]
-    if not bad:
-        head = f"Linearly guarded on unseen prompts at all {len(refit)} sites (worst {max(c.value for c in refit):.2f}, chance {labels.chance:.2f})."
-    else:
-        head = f"Still linearly readable on unseen prompts at {len(bad)} of {len(refit)} sites (worst {max(c.value for c in bad):.2f})."
-    return f"{head} An MLP probe reads up to {max(network):.2f}. Not attacked: this says nothing about relearning or other tokens."
 
 
 def _facts(

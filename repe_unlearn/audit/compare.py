@@ -44,6 +44,12 @@ class SideBySide:
             text.markdown_table(("", *self.names), body),
             "Intervals are of each audit by itself; two that overlap do not show that the models are alike.",
             *(
+                f"{text.escape(f'{name}, {model}')}: {text.escape(check.note)}"
+                for name, pair in self.rows.items()
+                for model, check in zip(self.names, pair, strict=True)
+                if check is not None and text.not_counted(check)
+            ),
+            *(
                 f"They differ in {key}: {text.escape(a)} | {text.escape(b)}."
                 for key, a, b in self.differences()
             ),
@@ -66,7 +72,7 @@ class SideBySide:
             )
             for name, pair in self.rows.items()
             for model, check in zip(self.names, pair, strict=True)
-            if check is not None and math.isfinite(check.value)
+            if check is not None
         ]
         verdicts = {
             f"verdict of {n}": r.facts["verdict"] for n, r in zip(self.names, self.reports, strict=True)
@@ -156,7 +162,5 @@ def compare(a: Report, b: Report, *, names: tuple[str, str] = ("first", "second"
 def _cell(check: Check | None) -> str:
     if check is None:
         return "not run"
-    if math.isnan(check.value):
-        return "not counted"
     word = "" if check.passed is None else f", {text.WORDS[check.passed]}"
     return f"{text.with_interval(check)}{word}"

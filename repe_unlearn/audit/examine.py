@@ -9,7 +9,7 @@ import platform
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -29,19 +29,21 @@ from repe_unlearn.audit.record import from_record, to_record
 from repe_unlearn.audit.refusal import compare as compare_refusals
 from repe_unlearn.audit.refusal import refusals
 from repe_unlearn.audit.report import Report
-from repe_unlearn.audit.retention import fluent, retention
+from repe_unlearn.audit.retention import fluent, kept, retention
 from repe_unlearn.audit.scores import Scores
 from repe_unlearn.audit.statistics import FEWEST
 from repe_unlearn.audit.stored import Stored
 from repe_unlearn.audit.verdict import Measure, Thresholds, verdict
 from repe_unlearn.errors import InputError, NotEnoughDataError
 from repe_unlearn.facts import Facts
+from repe_unlearn.facts_files import read_kept
 from repe_unlearn.patch import Patch
 from repe_unlearn.plan import ErasurePlan
 
 ASKED = "behaviour.unseen"
 WORDINGS, OFTEN = 2, 1
 """Wordings of a form below the full level, and of what is asked again for every try of an attack."""
+Kept: TypeAlias = Facts | str | Path
 Found = dict[str, dict[str, Scores]]
 """Attack -> name of the model -> scores."""
 
@@ -58,6 +60,7 @@ def audit(
     gold: nn.Module | None = None,
     tier_limit: int = 2,
     neutral: Sequence[str] = NEUTRAL,
+    kept: Kept | Sequence[Kept] = (),
     refusal: bool | None = None,
     known: bool = True,
     thresholds: Thresholds | None = None,
@@ -92,6 +95,9 @@ def audit(
         gold: a model of the same shape that never knew.
         tier_limit: strongest attacker: 0 asks, 1 reads activations and weights, 2 changes weights.
         neutral: texts that have nothing to do with the facts, for damage and harmless training; 8 or more.
+        kept: facts from elsewhere that should stay, or files of them (TOFU's world facts and real authors, one question
+            and answer per line; or what ``Facts.read`` takes), each a measure of damage of its own, ``kept.NAME``: the
+            share of those that the original chooses right and the edited model does not.
         refusal: compare how often both models decline harmful and harmless requests; default from the standard level
             on, where the tokenizer has a chat template.
         known: leave out facts to be forgotten that the original does not choose right in most of its ``seen`` wordings:
@@ -107,7 +113,7 @@ def audit(
         The report; ``passed`` only for NOT_RECOVERED_AT_BUDGET without a flag, on an edit that keeps refusals.
 
     Raises:
-        InputError: nothing to compare, an unknown level, or no control.
+        InputError: nothing to compare, an unknown level, no control, or two kept sets of one name.
         ModelMismatchError: edited is no version of the original.
         NotEnoughDataError: fewer than 8 facts that the original knows.
         MissingDependencyError: an attack needs scikit-learn.
@@ -120,6 +126,7 @@ def audit(
     rows = attacks.of_level(level, 0 if hook else tier_limit, only)
     if seeds < 1:
         raise InputError(f"got seeds={seeds}; needed at least 1.")
+    elsewhere = _elsewhere(kept)
     clock, store = Budget(minutes), Stored(resume)
     models = subjects(base, edited, gold, seed=seed)
     everyone, facts = facts, _known(base, tokenizer, facts) if known else facts
@@ -132,6 +139,11 @@ def audit(
     harms = bench.harms(lines)
     found: Found = {}
     errors: dict[str, str] = {}
+    for name, one in elsewhere.items():
+        try:
+            harms += (bench.kept(name, one if level == "full" else _brief(one, OFTEN), lines),)
+        except NotEnoughDataError as error:
+            errors[f"kept.{name}"] = str(error)
     for row in tqdm(rows, desc="audit", unit="attack", disable=not progress):
         for turn in range(seeds if row.seeds and level == "full" else 1):
             try:
@@ -153,6 +165,7 @@ def audit(
     details = {
         "facts": repr(facts),
         "left out": f"{len(everyone) - len(facts)} facts that the original does not know",
+        **({"kept": ", ".join(map(_kept_words, elsewhere.values()))} if elsewhere else {}),
         "level": level,
         "seed": str(seed),
         "models": ", ".join(f"{one.name} {one.key[:24]}" for one in models.values()),
@@ -196,18 +209,7 @@ class _Bench:
             seed,
             progress,
         )
-        facts = case.facts
-        state = json.dumps(
-            [
-                [(f.subject, f.relation, f.answer, f.distractors, f.role) for f in facts],
-                {
-                    r: {form: list(texts) for form, texts in forms.items()}
-                    for r, forms in facts.templates.items()
-                },
-                list(case.texts),
-            ]
-        )
-        self._facts = hashlib.blake2b(state.encode(), digest_size=8).hexdigest()
+        self._facts = _digest(case.facts, case.texts)
         begun = time.perf_counter()
         answers(
             case.base, case.tokenizer, case.brief, "seen", "unseen", roles=("forget", "decoy"), progress=False
@@ -268,6 +270,18 @@ class _Bench:
         self.store.save("retention", key, {"measures": [to_record(one) for one in measures]})
         return measures
 
+    def kept(self, name: str, facts: Facts, lines: Thresholds) -> Measure:
+        """Return what the edit costs on facts from elsewhere."""
+        key = {**self.key(EDITED, ORIGINAL), "limits": str(lines), "facts": _digest(facts)}
+        file = f"kept-{key['facts'][:8]}"
+        there = self.store.load(file, key)
+        if there is not None:
+            return from_record(Measure, there["measure"], "kept")
+        before, after = self.models[ORIGINAL].enter, self.models[EDITED].enter
+        found = kept(self.case.tokenizer, before, after, facts, name=name, lines=lines, seed=self.seed)
+        self.store.save(file, key, {"measure": to_record(found)})
+        return found
+
     def familiar(self) -> Auc | None:
         """Return how well the likelihood of the edited model tells forgotten facts from decoys; None for too few."""
         questions = self.case.facts.questions("unseen") or self.case.facts.questions("seen")
@@ -289,6 +303,34 @@ def _known(base: nn.Module, tokenizer: Any, facts: Facts) -> Facts:
     said = answers(base, tokenizer, facts, "seen", roles=("forget",), progress=False)
     right = said.per_fact(said.chosen)
     return facts.having(i for i, fact in enumerate(facts) if fact.role != "forget" or right.get(i, 0.0) > 0.5)
+
+
+def _elsewhere(given: Kept | Sequence[Kept]) -> dict[str, Facts]:
+    """Return kept facts by name."""
+    several = [given] if isinstance(given, Facts | str | Path) else given
+    found: dict[str, Facts] = {}
+    for one in several:
+        facts = one if isinstance(one, Facts) else read_kept(one)
+        if facts.name in found:
+            raise InputError(f"got two sets of facts to keep with the name {facts.name!r}; rename one.")
+        found[facts.name] = facts
+    return found
+
+
+def _kept_words(facts: Facts) -> str:
+    bare = sum(not f.distractors for f in facts)
+    said = f", {bare} with other answers of the set as wrong options" if bare else ""
+    return f"{facts.name} ({len(facts)} facts{said})"
+
+
+def _digest(facts: Facts, texts: Sequence[str] = ()) -> str:
+    """Return what identifies facts, their wordings and some texts."""
+    wordings = {
+        r: {form: list(texts) for form, texts in forms.items()} for r, forms in facts.templates.items()
+    }
+    rows = [(f.subject, f.relation, f.answer, f.distractors, f.role) for f in facts]
+    state = json.dumps([rows, wordings, list(texts)])
+    return hashlib.blake2b(state.encode(), digest_size=8).hexdigest()
 
 
 def _brief(facts: Facts, most: int) -> Facts:
@@ -367,7 +409,9 @@ def _not_attacked(rows: Sequence[Attack], clock: Budget, errors: Mapping[str, st
     parts += [f"{name}: {why}" for name, why in errors.items()]
     if hook:
         parts.append("everything that reads or changes the model: whoever can do that drops the hook")
-    parts.append("other languages, adversarial suffixes, and every question that is not among the facts")
+    parts.append(
+        "other languages, longer adversarial prompts, and every question that is not among the facts"
+    )
     return "; ".join(parts)
 
 

@@ -1,8 +1,8 @@
-"""Guardedness: what probes still read at every site, before, after and under a random eraser."""
+"""Guardedness: what probes still read at every site, before, after and under a random eraser or edit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +20,8 @@ from .series import Series
 REFIT_ABOVE_CHANCE = 0.10
 """A probe that is trained on unseen prompts may beat chance by at most this."""
 
-CONDITIONS = ("before", "after", "random eraser")
+PROBE_WORKS = 0.90
+"""A probe that finds the concept in the untouched model is right at least this often at its best site."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,7 +31,21 @@ class Found:
     transferred: dict[Site, np.ndarray]
     refit: dict[Site, np.ndarray]
     mlp: dict[Site, np.ndarray]
+    rbf: dict[Site, np.ndarray]
     rows: dict[Site, Rows]
+
+    @classmethod
+    def of(
+        cls, fit: dict[Site, Rows], heldout: dict[Site, Rows], labels: probes.Labels, seed: int = 0
+    ) -> Found:
+        """Train all probes on the rows of one condition."""
+        return cls(
+            probes.transferred(fit, heldout),
+            probes.refit(heldout, labels),
+            probes.mlp(heldout, labels, seed=seed),
+            probes.rbf(heldout, labels),
+            heldout,
+        )
 
 
 def guardedness(
@@ -40,21 +55,25 @@ def guardedness(
     labels: probes.Labels,
     sites: tuple[Site, ...],
     seed: int,
+    *,
+    control: str = "random eraser",
 ) -> tuple[list[Check], list[Series]]:
     """Return the per-site checks (a), (b), (c) of ``verify``, their controls, and the curves to draw.
 
     Args:
         model: for grouping sites into panels.
-        found: condition -> what its probes found, for each of ``CONDITIONS``.
+        found: condition -> what its probes found: ``before``, ``after``, and the control.
         shuffled: predictions on the untouched model of probes trained on shuffled labels.
         labels: of the held-out rows.
-        sites: the plan's sites.
+        sites: where.
         seed: of bootstrap and permutations.
+        control: name of the condition in which chance alone was at work.
     """
+    conditions = ("before", "after", control)
     checks: list[Check] = []
     curves: dict[tuple[str, str], dict[Site, probes.Accuracy]] = {}
-    for kind in ("transferred", "refit", "mlp"):
-        for name in CONDITIONS:
+    for kind in ("transferred", "refit", "mlp", "rbf"):
+        for name in conditions:
             predictions = getattr(found[name], kind)
             curves[kind, name] = {site: probes.accuracy(predictions[site], labels, seed) for site in sites}
     curves["refit", "shuffled"] = {site: probes.accuracy(shuffled[site], labels, seed) for site in sites}
@@ -62,7 +81,7 @@ def guardedness(
     limit = labels.chance + REFIT_ABOVE_CHANCE
 
     for site in sites:
-        before, after, rand = (curves["transferred", name][site] for name in CONDITIONS)
+        before, after, rand = (curves["transferred", name][site] for name in conditions)
         checks.append(
             Check.within(
                 "probe.transferred.linear",
@@ -73,10 +92,10 @@ def guardedness(
                 low=after.low,
                 high=after.high,
                 site=str(site),
-                note=f"trained on fitting prompts, tested on held-out ones; random eraser {rand.value:.2f}; pointwise band ± {pointwise:.3f}",
+                note=f"trained on fitting prompts, tested on held-out ones; {control} {rand.value:.2f}; pointwise band ± {pointwise:.3f}",
             )
         )
-        before, after, rand = (curves["refit", name][site] for name in CONDITIONS)
+        before, after, rand = (curves["refit", name][site] for name in conditions)
         checks.append(
             Check.at_most(
                 "probe.refit.linear",
@@ -86,23 +105,24 @@ def guardedness(
                 low=after.low,
                 high=after.high,
                 site=str(site),
-                note=f"trained and tested on held-out prompts; random eraser {rand.value:.2f}, shuffled labels {curves['refit', 'shuffled'][site].value:.2f}",
+                note=f"trained and tested on held-out prompts; {control} {rand.value:.2f}, shuffled labels {curves['refit', 'shuffled'][site].value:.2f}",
             )
         )
-        after = curves["mlp", "after"][site]
-        checks.append(
-            Check.information(
-                "probe.refit.mlp",
-                after.value,
-                control=curves["mlp", "before"][site].value,
-                low=after.low,
-                high=after.high,
-                site=str(site),
-                note="one hidden layer of 32, trained and tested on held-out prompts: linear guardedness does not bind it",
+        for kind, what in _NETWORKS.items():
+            after = curves[kind, "after"][site]
+            checks.append(
+                Check.information(
+                    f"probe.refit.{kind}",
+                    after.value,
+                    control=curves[kind, "before"][site].value,
+                    low=after.low,
+                    high=after.high,
+                    site=str(site),
+                    note=f"{what}, trained and tested on held-out prompts: linear guardedness does not bind it",
+                )
             )
-        )
     gaps = {
-        name: {site: probes.mean_gap(found[name].rows[site], labels) for site in sites} for name in CONDITIONS
+        name: {site: probes.mean_gap(found[name].rows[site], labels) for site in sites} for name in conditions
     }
     for site in sites:
         base = gaps["before"][site]
@@ -112,7 +132,7 @@ def guardedness(
             Check.information(
                 "gap.heldout",
                 value,
-                control=gaps["random eraser"][site] / base if base > 0 else 0.0,
+                control=gaps[control][site] / base if base > 0 else 0.0,
                 high=max(value, high / base) if base > 0 else 0.0,
                 low=0.0,
                 site=str(site),
@@ -124,17 +144,17 @@ def guardedness(
         Check.at_least(
             "control.probe_works",
             best,
-            0.90,
+            PROBE_WORKS,
             note="best held-out accuracy on the untouched model: the probe can find the concept at all",
         )
     )
-    lost = min(curves["refit", "random eraser"][s].value - curves["refit", "before"][s].value for s in sites)
+    lost = min(curves["refit", control][s].value - curves["refit", "before"][s].value for s in sites)
     checks.append(
         Check.at_least(
-            "control.random_eraser",
+            f"control.{control.replace(' ', '_')}",
             lost,
             -0.05,
-            note="largest loss of probe accuracy under a random eraser of equal rank",
+            note=f"largest loss of probe accuracy under a {control} of equal rank",
         )
     )
     worst = max(abs(a.value - labels.chance) for a in curves["refit", "shuffled"].values())
@@ -148,23 +168,53 @@ def guardedness(
             note="largest distance from chance, over sites, of a probe trained on shuffled labels; bound: four standard errors",
         )
     )
-    return checks, _curves(model, curves, gaps, labels, sites)
+    return checks, _curves(model, curves, gaps, labels, sites, control)
 
+
+_NETWORKS = {"mlp": "one hidden layer of 32", "rbf": "a support vector machine with a Gaussian kernel"}
 
 _FIGURES = {
     "refit": (
         "Linear probe, trained and tested on unseen prompts",
-        "The erased model should lie on the dashed line (chance); the random eraser should lie on the untouched model.",
+        "The edited model should lie on the dashed line (chance); the random control should lie on the untouched model.",
     ),
     "transferred": (
         "Linear probe, trained on fitting prompts",
-        "Tested on held-out content and wording. At chance here alone would say little: the eraser has seen this probe's training set.",
+        "Tested on held-out content and wording. At chance here alone would say little: an eraser has seen this probe's training set.",
     ),
     "mlp": (
         "MLP probe, trained and tested on unseen prompts",
         "A small network is not bound by linear guardedness. What it still finds above the dashed line is not removed.",
     ),
+    "rbf": (
+        "RBF probe, trained and tested on unseen prompts",
+        "A kernel machine is not bound by linear guardedness either, and sees other shapes than a small network.",
+    ),
 }
+
+
+def conclusion(checks: Sequence[Check], chance: float) -> str:
+    """Return in words what the checks of ``guardedness`` say."""
+
+    def values(name: str) -> list[float]:
+        return [c.value for c in checks if c.name == name]
+
+    refit = [c for c in checks if c.name == "probe.refit.linear"]
+    bad = [c.value for c in refit if not c.passed]
+    if max(values("control.probe_works")) < PROBE_WORKS:
+        head = (
+            f"No conclusion: in the untouched model a linear probe finds the concept at no site (best "
+            f"{max(values('control.probe_works')):.2f}, needed {PROBE_WORKS:.2f})."
+        )
+    elif not bad:
+        head = f"Linearly guarded on unseen prompts at all {len(refit)} sites (worst {max(c.value for c in refit):.2f}, chance {chance:.2f})."
+    else:
+        head = f"Still linearly readable on unseen prompts at {len(bad)} of {len(refit)} sites (worst {max(bad):.2f})."
+    mlp, rbf = max(values("probe.refit.mlp")), max(values("probe.refit.rbf"))
+    return (
+        f"{head} An MLP probe reads up to {mlp:.2f}, an RBF probe {rbf:.2f}. Not attacked: this says nothing about "
+        "relearning or other tokens."
+    )
 
 
 def _curves(
@@ -173,6 +223,7 @@ def _curves(
     gaps: Mapping[str, Mapping[Site, float]],
     labels: probes.Labels,
     sites: tuple[Site, ...],
+    control: str,
 ) -> list[Series]:
     panels = _panels(model, sites)
     series = []
@@ -196,7 +247,7 @@ def _curves(
                     caption=caption,
                 )
             )
-    for name in ("after", "random eraser"):
+    for name in ("after", control):
         for panel, members in panels.items():
             share = [
                 gaps[name][s] / gaps["before"][s] if gaps["before"][s] > 0 else float("nan")

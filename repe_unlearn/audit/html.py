@@ -84,7 +84,12 @@ def _render(report: Report, *, whole: bool, pictures: Sequence[Picture]) -> str:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": text.number, "interval": text.with_interval, "bound": _bound}
+    environment.filters |= {
+        "number": text.number,
+        "value": text.value,
+        "interval": text.with_interval,
+        "bound": _bound,
+    }
     source = files("repe_unlearn.audit").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
     judged = sum(check.passed is not None for check in report.checks)
     state = "pass" if report.passed else "fail" if judged else "none"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,12 +86,22 @@ def linear(train_x: Tensor, train_z: np.ndarray, test_x: Tensor) -> np.ndarray:
     """
     try:
         from sklearn.linear_model import LogisticRegression
-        from sklearn.preprocessing import StandardScaler
     except ImportError:
         raise MissingDependencyError("probes need scikit-learn: pip install 'repe-unlearn[verify]'") from None
+    return _standardised(LogisticRegression(C=0.01, max_iter=300), train_x, train_z, test_x)
+
+
+def _kernel(train_x: Tensor, train_z: np.ndarray, test_x: Tensor) -> np.ndarray:
+    from sklearn.svm import SVC
+
+    return _standardised(SVC(), train_x, train_z, test_x)
+
+
+def _standardised(probe: Any, train_x: Tensor, train_z: np.ndarray, test_x: Tensor) -> np.ndarray:
+    from sklearn.preprocessing import StandardScaler
+
     scaler = StandardScaler().fit(train_x.numpy())
-    probe = LogisticRegression(C=0.01, max_iter=300).fit(scaler.transform(train_x.numpy()), train_z)
-    return probe.predict(scaler.transform(test_x.numpy()))
+    return probe.fit(scaler.transform(train_x.numpy()), train_z).predict(scaler.transform(test_x.numpy()))
 
 
 def transferred(fit: Mapping[Site, Rows], heldout: Mapping[Site, Rows]) -> dict[Site, np.ndarray]:
@@ -107,40 +118,53 @@ def refit(
     labels are permuted within pairs, unrelated to the true ones: the control that must come out at chance.
     """
     z = labels.z if shuffle is None else unrelated(labels, np.random.default_rng(shuffle))
-    predictions = {}
-    for site, rows in heldout.items():
-        out = np.empty(len(z), dtype=int)
-        for side in (0, 1):
-            train, test = labels.fold != side, labels.fold == side
-            out[test] = linear(rows.x[train], z[train], rows.x[test])
-        predictions[site] = out
-    return predictions
+    return {site: _crossfitted(linear, rows.x, z, labels.fold) for site, rows in heldout.items()}
+
+
+def rbf(heldout: Mapping[Site, Rows], labels: Labels) -> dict[Site, np.ndarray]:
+    """Return cross-fitted predictions of a support vector machine with a Gaussian kernel (C = 1, standardised features)."""
+    return {site: _crossfitted(_kernel, rows.x, labels.z, labels.fold) for site, rows in heldout.items()}
+
+
+def _crossfitted(
+    predict: Callable[[Tensor, np.ndarray, Tensor], np.ndarray], x: Tensor, z: np.ndarray, fold: np.ndarray
+) -> np.ndarray:
+    """Return predictions of each fold by what was trained on the other."""
+    out = np.empty(len(z), dtype=int)
+    for side in (0, 1):
+        out[fold == side] = predict(x[fold != side], z[fold != side], x[fold == side])
+    return out
 
 
 def mlp(
     heldout: Mapping[Site, Rows], labels: Labels, *, seed: int = 0, steps: int = 100, hidden: int = 32
 ) -> dict[Site, np.ndarray]:
-    """Return cross-fitted predictions of a one-hidden-layer ReLU network per site, all sites trained side by side.
+    """Return cross-fitted predictions of a one-hidden-layer ReLU network per site, sites of a width side by side.
 
     Adam with step size 5e-3 and decoupled weight decay 0.01 on standardised features, full batches.
     """
-    sites = list(heldout)
-    x = torch.stack([heldout[site].x.float() for site in sites])
-    out = np.empty((len(sites), len(labels.z)), dtype=int)
-    for side in (0, 1):
-        train, test = torch.from_numpy(labels.fold != side), torch.from_numpy(labels.fold == side)
-        mean = x[:, train].mean(1, keepdim=True)
-        std = x[:, train].std(1, keepdim=True).clamp_min(1e-6 * x[:, train].abs().amax())
-        logits = train_mlp(
-            (x[:, train] - mean) / std,
-            torch.from_numpy(labels.z)[train],
-            (x[:, test] - mean) / std,
-            seed,
-            steps=steps,
-            hidden=hidden,
-        )
-        out[:, test.numpy()] = logits.argmax(-1).numpy()
-    return dict(zip(sites, out, strict=True))
+    widths: dict[int, list[Site]] = {}
+    for site, rows in heldout.items():
+        widths.setdefault(rows.x.shape[1], []).append(site)
+    found: dict[Site, np.ndarray] = {}
+    for sites in widths.values():
+        x = torch.stack([heldout[site].x.float() for site in sites])
+        out = np.empty((len(sites), len(labels.z)), dtype=int)
+        for side in (0, 1):
+            train, test = torch.from_numpy(labels.fold != side), torch.from_numpy(labels.fold == side)
+            mean = x[:, train].mean(1, keepdim=True)
+            std = x[:, train].std(1, keepdim=True).clamp_min(1e-6 * x[:, train].abs().amax())
+            logits = train_mlp(
+                (x[:, train] - mean) / std,
+                torch.from_numpy(labels.z)[train],
+                (x[:, test] - mean) / std,
+                seed,
+                steps=steps,
+                hidden=hidden,
+            )
+            out[:, test.numpy()] = logits.argmax(-1).numpy()
+        found |= dict(zip(sites, out, strict=True))
+    return {site: found[site] for site in heldout}
 
 
 def train_mlp(

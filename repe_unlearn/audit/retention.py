@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,13 +18,14 @@ from repe_unlearn.audit.likelihoods import greedy
 from repe_unlearn.audit.statistics import FEWEST, mean_interval
 from repe_unlearn.audit.verdict import Measure, Thresholds
 from repe_unlearn.errors import NotEnoughDataError
-from repe_unlearn.facts import Facts, Role
+from repe_unlearn.facts import Facts, Role, draw
 from repe_unlearn.placement import input_device
 
 Enter: TypeAlias = Callable[[], AbstractContextManager[nn.Module]]
 
 TEXTS = 48  # of retained facts, for KL and perplexity
 FACTS = 64  # of every role, asked whether they are still known
+OPTIONS = 3  # of a kept fact without wrong answers
 _OPENING, _NEW = 6, 24  # tokens of a neutral text that generation begins with, and tokens that it adds
 
 
@@ -152,6 +154,67 @@ def retention(
             name = "retained" if role == "retain" else "neighbours"
             measures += filter(None, [drop(old, new, role, name=name, lines=lines, seed=seed)])
     return tuple(measures)
+
+
+def kept(
+    tokenizer: Any,
+    before: Enter,
+    after: Enter,
+    facts: Facts,
+    *,
+    name: str,
+    lines: Thresholds | None = None,
+    seed: int = 0,
+) -> Measure:
+    """Return by how much the share of right choices fell on facts from elsewhere, all of which should stay.
+
+    All facts count but decoys, whatever their role, if the original chooses them right in most wordings. Where a fact
+    has no wrong answers, up to 3 right answers of other facts of its relation take their place: easier to tell apart
+    than wrong answers of its own kind.
+
+    Args:
+        tokenizer: of both models.
+        before: context in which the original stands.
+        after: context in which the edited model stands.
+        facts: asked in their unseen wordings, or the seen ones of those that have no others.
+        name: of the measure, behind ``kept.``
+        lines: limits of damage; None: the defaults (``neighbours``).
+        seed: of the bootstrap and the choice of options.
+
+    Raises:
+        NotEnoughDataError: fewer than 8 of them are answered by the original.
+    """
+    rng = random.Random(seed)
+    pools: dict[str, set[str]] = {}
+    for fact in facts:
+        pools.setdefault(fact.relation, set()).add(fact.answer)
+    whole = replace(
+        facts,
+        facts=tuple(
+            replace(
+                fact,
+                role="decoy" if fact.role == "decoy" else "retain",
+                distractors=fact.distractors or draw(pools[fact.relation], {fact.answer}, OPTIONS, rng),
+            )
+            for fact in facts
+        ),
+    )
+    asked = whole.questions("unseen", roles=["retain"])
+    having = {q.fact for q in asked}
+    asked += tuple(q for q in whole.questions("seen", roles=["retain"]) if q.fact not in having)
+    found = None
+    if asked:
+        with before() as model:
+            old = answers(model, tokenizer, whole, questions=asked, progress=False)
+        with after() as model:
+            new = answers(model, tokenizer, whole, questions=asked, progress=False)
+        found = drop(old, new, "retain", name=f"kept.{name}", lines=lines, seed=seed)
+    if found is None:
+        raise NotEnoughDataError(
+            f"the original answers fewer than {FEWEST} of the {len({q.fact for q in asked})} facts of {name!r}; "
+            "needed facts that it knows."
+        )
+    return found
 
 
 def _some(facts: Facts, roles: Sequence[Role], seed: int) -> set[int]:

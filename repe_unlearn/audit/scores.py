@@ -121,7 +121,7 @@ def crossfit(table: Table, facts: Facts, *, seed: int = 0) -> tuple[dict[int, fl
     if not table:
         raise NotEnoughDataError("there is nothing to choose from; give at least one layer.")
     scored = sorted(next(iter(table.values())))
-    half = _halves(scored, facts, seed)
+    half = halves(scored, facts, seed)
     picked = tuple(
         max(
             table, key=lambda choice: _clearness(table[choice], facts, [i for i in scored if half[i] != side])
@@ -131,7 +131,7 @@ def crossfit(table: Table, facts: Facts, *, seed: int = 0) -> tuple[dict[int, fl
     return {i: table[picked[half[i]]][i] for i in scored}, (picked[0], picked[1])
 
 
-def _halves(indices: Sequence[int], facts: Facts, seed: int) -> dict[int, int]:
+def halves(indices: Sequence[int], facts: Facts, seed: int) -> dict[int, int]:
     """Return fact -> 0 or 1; facts of one subject are in one half, and each role is dealt out evenly."""
     rng, side = random.Random(seed), dict[str, int]()
     for role in facts.roles:

@@ -54,10 +54,20 @@ def number(value: float | None) -> str:
     return re.sub(r"e([-+])0*(\d)", r"e\1\2", f"{value:.{digits}g}").replace("e+", "e")
 
 
+def not_counted(check: Check) -> bool:
+    """Whether nothing was measured and nothing is judged; the note says why."""
+    return check.passed is None and math.isnan(check.value)
+
+
+def value(check: Check) -> str:
+    """The value alone, ``not counted`` where there is none."""
+    return "not counted" if not_counted(check) else number(check.value)
+
+
 def with_interval(check: Check) -> str:
     """``value [low, high]``, or the value alone."""
     if check.low is None and check.high is None:
-        return number(check.value)
+        return value(check)
     return f"{number(check.value)} [{number(check.low)}, {number(check.high)}]"
 
 
@@ -139,8 +149,8 @@ def to_table(report: Report, max_rows: int) -> Table:
     colours = {True: "green", False: "bold red", None: "dim"}
     for entry in shown:
         word, *others = cells(entry)
-        if not isinstance(entry, Row) and entry.passed is not False:
-            others[-1] = ""  # a terminal is narrow: notes of what failed only
+        if not isinstance(entry, Row) and entry.passed is not False and not not_counted(entry):
+            others[-1] = ""  # a terminal is narrow: notes of what failed or was not counted only
         # Text, not str: a site or note such as "[red]" is data, never markup
         table.add_row(Text(word, style=colours[_verdict(entry)]), *(Text(other) for other in others))
     if len(shown) < len(entries):

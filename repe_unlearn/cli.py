@@ -760,6 +760,8 @@ def _layers(text: str) -> list[int] | None:
 
 # Commands with files of their own; at the end, because they use what is above.
 from . import cli_audit as _cli_audit  # noqa: E402, F401
+from . import cli_compare as _cli_compare  # noqa: E402, F401
+from . import cli_localize as _cli_localize  # noqa: E402, F401
 from . import cli_unlearn as _cli_unlearn  # noqa: E402, F401
 
 if __name__ == "__main__":

@@ -197,7 +197,7 @@ def _read(forget: str, retain: Path | None) -> tuple[Facts | Corpus, Corpus | No
     from .facts_files import Corpus
     from .readers import read_jsonl
 
-    path, (name, colon, rest) = Path(forget), forget.partition(":")
+    path = Path(forget)
     columns = set(read_jsonl(path).columns) if path.suffix == ".jsonl" and path.is_file() else set()
     if {"question", "answer"} <= columns:
         if retain is None:
@@ -210,10 +210,18 @@ def _read(forget: str, retain: Path | None) -> tuple[Facts | Corpus, Corpus | No
         if corpus is None:
             raise InputError(f"{forget} is free text to forget; needed --retain, a file of text to keep.")
         return Corpus.read(path), corpus
+    return _facts(forget), corpus
+
+
+def _facts(source: str) -> Facts:
+    """Return the facts that the command line names: capitals:Europe, planted, a file or a folder."""
+    from .facts import Facts
+
+    path, (name, colon, rest) = Path(source), source.partition(":")
     if colon and not path.exists():
         what = rest.split(",")
-        return Facts.builtin(name, forget=what[0] if len(what) == 1 else what), corpus
-    return Facts.read(path if path.exists() or path.suffix else forget), corpus
+        return Facts.builtin(name, forget=what[0] if len(what) == 1 else what)
+    return Facts.read(path if path.exists() or path.suffix else source)
 
 
 def _known(model: Any, tokenizer: Any, facts: Facts, wordings: int, progress: bool) -> Facts:

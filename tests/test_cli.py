@@ -19,7 +19,9 @@ import repe_unlearn as ru
 from repe_unlearn import demo, models
 from repe_unlearn.cli import app
 
-COMMANDS = ("demo", "info", "discover", "fit", "bake", "export", "diff", "revert", "verify")
+COMMANDS = (
+    "demo", "info", "discover", "fit", "bake", "export", "diff", "revert", "verify", "unlearn", "audit", "compare", "localize",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +112,8 @@ def test_help_lists_every_command_and_the_exit_codes() -> None:
         ),
         ("bake", ("MODEL", "PLAN", "OUT", "--out", "--allow", "erasure-exact", "--force")),
         ("export", ("MODEL", "PATCH|PLAN", "OUT", "--checkpoint", "--lora", "--allow", "--force", "transformers")),
+        ("compare", ("REPORT_A", "REPORT_B", "--names", "--out", "--force", "exit code is 0")),
+        ("localize", ("MODEL", "--facts", "--form", "--pairs", "--kind", "mlp_out", "--method", "--out", "--force")),
         ("verify", ("MODEL", "PLAN", "--out", "--contrast", "--exported", "--prompts", "--force", "code 3")),
     ],
 )  # fmt: skip

@@ -73,7 +73,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("export",),
     ("named_tensors", "difference", "undo"),
     ("audit", "measured", "sweep"),
-    ("demo", "cli", "cli_unlearn", "cli_audit", "__main__"),
+    ("demo", "cli", "cli_unlearn", "cli_audit", "cli_compare", "cli_localize", "__main__"),
 )
 # Neighbours of one layer that must not know each other: that hooks and baked weights agree is a test.
 STRANGERS = {
@@ -102,7 +102,7 @@ HEAVY = {
     "matplotlib": {"audit", "cli", "demo", "localize"},
     "jinja2": {"audit", "cli", "demo"},
     "datasets": {"contrast", "readers", "cli", "demo"},
-    "rich": {"audit", "cli", "cli_unlearn", "demo"},
+    "rich": {"audit", "cli", "cli_compare", "cli_localize", "cli_unlearn", "demo"},
     "peft": {"export", "train"},
     "gguf": {"gguf_cache", "export"},
 }

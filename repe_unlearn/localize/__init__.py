@@ -1,6 +1,7 @@
 """Localise: where in a model a behaviour sits, by patching and by gradients; and switch those places off."""
 
 from repe_unlearn.localize.attribution import attribute
+from repe_unlearn.localize.fact_pairs import fact_pairs
 from repe_unlearn.localize.maps import Map
 from repe_unlearn.localize.neurons import Neuron, neuron_activity, rank_neurons
 from repe_unlearn.localize.pairs import GROUPS, Pair, make_pairs
@@ -16,6 +17,7 @@ __all__ = [
     "Noise",
     "Pair",
     "attribute",
+    "fact_pairs",
     "make_pairs",
     "neuron_activity",
     "patch_activations",

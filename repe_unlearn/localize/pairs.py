@@ -131,10 +131,10 @@ def align(
                 "they must line up. Choose subjects of equally many tokens (make_pairs does), or positions='last'."
             )
         subject = _subject(pair, offsets) if offsets is not None else []
-        answer = _next(tokenizer, pair.clean, pair.answer)
+        answer = first_token(tokenizer, pair.clean, pair.answer)
         wrong = None
         if pair.wrong:
-            wrong = _next(tokenizer, pair.clean if noise else pair.corrupt, pair.wrong)
+            wrong = first_token(tokenizer, pair.clean if noise else pair.corrupt, pair.wrong)
         if wrong == answer:
             raise InputError(
                 f"{pair.answer!r} and {pair.wrong!r} begin with one token, so the model cannot be asked which of the "
@@ -163,7 +163,7 @@ def _tokens(tokenizer: Any, text: str, *, spans: bool) -> tuple[list[int], Seque
     return list(out["input_ids"]), out["offset_mapping"] if spans else None
 
 
-def _next(tokenizer: Any, prompt: str, continuation: str) -> int:
+def first_token(tokenizer: Any, prompt: str, continuation: str) -> int:
     """Return the first token of a continuation, read in its place: tokenizers may mark the start of a text."""
     before = list(tokenizer(prompt)["input_ids"])
     after = list(tokenizer(prompt + continuation)["input_ids"])

@@ -97,3 +97,12 @@ def test_mistakes_are_answered_in_words(two: tuple[Path, Path], tmp_path: Path) 
         assert result.exit_code == 1, result.output
         assert complaint in said(result), result.output
         assert not out.exists()
+
+
+def test_a_leak_without_an_interval_is_drawn_as_a_point(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        check = Check.at_most("leak.lens", 0.25, 0.1)
+        Report("Audit", "", (check,), (), {"verdict": "HIDDEN"}, "It is hidden.").save(tmp_path / name)
+    result = run(tmp_path / "a", tmp_path / "b", "--out", tmp_path / "both")
+    assert result.exit_code == 0, result.output
+    assert "leak.lens" in (tmp_path / "both" / "comparison.html").read_text()

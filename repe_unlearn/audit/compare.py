@@ -118,8 +118,8 @@ class SideBySide:
             drawn = [(i, one, name) for i, one, name in found if one is not None and math.isfinite(one.value)]
             if drawn:
                 y, low, high = (
-                    tuple(max(-_SHOWN_MOST, min(_SHOWN_MOST, getattr(one, field))) for _, one, _ in drawn)
-                    for field in ("value", "low", "high")
+                    tuple(max(-_SHOWN_MOST, min(_SHOWN_MOST, at)) for at in values)
+                    for values in zip(*(_interval(one) for _, one, _ in drawn), strict=True)
                 )
                 result.append(
                     Series(
@@ -134,6 +134,12 @@ class SideBySide:
                     )
                 )
         return tuple(result)
+
+
+def _interval(check: Check) -> tuple[float, float, float]:
+    """Return value, low and high; a check without an interval is its own."""
+    low, high = (check.value if end is None else end for end in (check.low, check.high))
+    return check.value, low, high
 
 
 def compare(a: Report, b: Report, *, names: tuple[str, str] = ("first", "second")) -> SideBySide:

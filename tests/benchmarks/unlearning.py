@@ -248,14 +248,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> str:
                 linewidths=0.6,
                 zorder=3,
             )
-    for i, (name, (x, y, kl)) in enumerate(sorted(means.items(), key=lambda pair: pair[1])):
-        # Neighbours in the figure get their names on different sides.
-        side = (
-            {"xytext": (6, (4, -9)[i % 2]), "ha": "left"}
-            if not 0.5 < x < 0.82
-            else {"xytext": (-6, (-9, 5)[i % 2]), "ha": "right"}
-        )
-        ax.annotate(f"{name} ({kl:.2g})", (x, y), textcoords="offset points", fontsize=7, **side)
+    _name(ax, {f"{name} ({kl:.2g})": (x, y) for name, (x, y, kl) in means.items()})
     best = front(means.values(), lambda m: (m[0], -m[1]))
     ax.plot(
         [m[0] for m in best],
@@ -265,7 +258,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> str:
         zorder=1,
         label="none is better",
     )
-    ax.set(xlim=(-0.03, 1.02), ylim=(-0.03, top))
+    ax.set(xlim=(-0.03, 1.02), ylim=(-0.08, top))
     ax.set_xlabel("accuracy on what is to be forgotten, unseen wordings")
     ax.set_ylabel("kept of retain and neighbours, smaller share of before")
     ax.axhline(1.0, color="#8a9099", linewidth=0.6, linestyle=":", zorder=0)
@@ -277,6 +270,33 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> str:
     text = to_svg(fig)
     plt.close(fig)
     return text
+
+
+def _name(ax: Any, marks: Mapping[str, tuple[float, float]]) -> None:
+    """Write names beside marks, each at the first of some places where it covers no other name and no mark."""
+    from matplotlib.transforms import Bbox
+
+    renderer = ax.figure.canvas.get_renderer()
+    ax.figure.draw_without_rendering()
+    points = ax.transData.transform(list(marks.values()))
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in points]
+    frame = ax.get_window_extent()
+    for name, at in sorted(marks.items(), key=lambda pair: (-pair[1][1], pair[1][0])):
+        for dy in (0, 9, -9, 18, -18, 27, -27, 36, -36):
+            for dx, side in ((7, "left"), (-7, "right")):
+                text = ax.annotate(
+                    name, at, (dx, dy), textcoords="offset points", fontsize=7, ha=side, va="center"
+                )
+                box = text.get_window_extent(renderer)
+                if frame.x0 <= box.x0 and box.x1 <= frame.x1 and not box.count_overlaps(taken):
+                    break
+                text.remove()
+            else:
+                continue
+            break
+        else:
+            continue  # no place is left; the table has it
+        taken.append(box)
 
 
 def main() -> None:

@@ -105,4 +105,4 @@ def test_a_leak_without_an_interval_is_drawn_as_a_point(tmp_path: Path) -> None:
         Report("Audit", "", (check,), (), {"verdict": "HIDDEN"}, "It is hidden.").save(tmp_path / name)
     result = run(tmp_path / "a", tmp_path / "b", "--out", tmp_path / "both")
     assert result.exit_code == 0, result.output
-    assert "leak.lens" in (tmp_path / "both" / "comparison.html").read_text()
+    assert "What comes back" in (tmp_path / "both" / "comparison.html").read_text()

@@ -16,19 +16,21 @@ import argparse
 import json
 import math
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from _side_by_side import machine
 
-from repe_unlearn import load
+from repe_unlearn import Contrast, apply, load
 from repe_unlearn.answers import answers
 from repe_unlearn.audit.neutral import NEUTRAL
 from repe_unlearn.errors import InputError
 from repe_unlearn.facts import Facts
-from repe_unlearn.measured import Measured
+from repe_unlearn.measured import Effort, Measured, measure
 from repe_unlearn.methods import METHODS
+from repe_unlearn.steering import SteeringPlan, fact_gate, steer_by_means, steer_to_random
 from repe_unlearn.sweep import Point, Sweep, front, sweep
 
 FIGURE = Path(__file__).parents[2] / "docs" / "figures" / "unlearning-pareto.svg"
@@ -60,7 +62,7 @@ _SHOWN = (
 class Subject(NamedTuple):
     """What the methods are run on: a model, what it knows, neutral text, and options that suit this model.
 
-    ``fixed`` is method -> options that differ from its defaults.
+    ``fixed`` is method -> options that differ from its defaults, ``hooks`` name -> seed -> a plan that acts while the model runs.
     """
 
     model: Any
@@ -68,6 +70,7 @@ class Subject(NamedTuple):
     facts: Facts
     texts: Sequence[str] = NEUTRAL
     fixed: Mapping[str, Mapping[str, Any]] = {}
+    hooks: Mapping[str, Callable[[int], SteeringPlan]] = {}
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:
@@ -129,10 +132,53 @@ def run(
                 continue
             found.append(_row(name, point.measured, done.before, settings))
             _print(found[-1])
+        before = next((row for row in found if row["seed"] == seed), None)
+        for name, make in it.hooks.items() if before else ():
+            row = _hooked(it, name, make, seed, args.out)
+            found.append(
+                {**_row(name, row, Measured(retain=before["retain"], neighbour=before["neighbour"]), {})}
+            )
+            _print(found[-1])
     (args.out / "rows.json").write_text(json.dumps(found, indent=1, default=str) + "\n")
     figure.write_text(draw(found))
     print(table(found))
     return found
+
+
+def _hooked(it: Subject, name: str, make: Callable[[int], SteeringPlan], seed: int, folder: Path) -> Measured:
+    """Return what a plan does, from the folder if it is there."""
+    file = folder / f"{name}.{seed}.json"
+    if not file.exists():
+        began = time.perf_counter()
+        plan = make(seed)
+        spent = Effort(time.perf_counter() - began)
+        measured = measure(
+            *it[:3], lambda: apply(it.model, plan), texts=it.texts, method=name, seed=seed, effort=spent
+        )
+        file.write_text(measured.to_json())
+    return Measured.from_json(file.read_text())
+
+
+def steering(model: Any, tokenizer: Any, facts: Facts) -> Mapping[str, Callable[[int], SteeringPlan]]:
+    """Return steering behind a gate that fires after what is to be forgotten: to a random vector, and by means (CAA)."""
+
+    def gate() -> Any:
+        return fact_gate(model, tokenizer, facts, 10, progress=False)
+
+    def away(seed: int) -> SteeringPlan:
+        asked = {
+            "forget": [q.prompt for q in facts.questions("seen", roles=["forget"])],
+            "keep": [q.prompt for q in facts.questions("seen", roles=["retain", "neighbour"])],
+        }
+        contrast = Contrast.from_classes(asked, name=facts.name)
+        return steer_by_means(model, tokenizer, contrast, [20], coefficient=2.0, gate=gate(), progress=False)
+
+    return {
+        "steer_to_random": lambda seed: steer_to_random(
+            model, tokenizer, facts, [10], gate(), seed=seed, progress=False
+        ),
+        "steer_by_means": away,
+    }
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -227,6 +273,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> str:
             "D",
             lambda n: n in ("influence", "fisher_dampening", "selective_pruning"),
         ),
+        "hook behind a gate": ("#CC79A7", "^", lambda n: n.startswith("steer_")),
         "no edit, random edit": ("#333333", "X", lambda n: n in ("before", "random")),
     }
     fig, ax = plt.subplots(figsize=(7.2, 4.6), layout="constrained")
@@ -315,7 +362,8 @@ def main() -> None:
         drawn = random.Random(seed).sample(subjects, -(-len(subjects) // share))
         mine = facts.where(lambda f: f.subject in drawn or f.role == "decoy")
         known = answers(loaded.model, loaded.tokenizer, mine, progress=False).known(2)
-        return Subject(loaded.model, loaded.tokenizer, known, texts)
+        hooks = steering(loaded.model, loaded.tokenizer, known)
+        return Subject(loaded.model, loaded.tokenizer, known, texts, hooks=hooks)
 
     run(subject, args, GRIDS, args.out / "quick.svg" if args.quick else FIGURE)
 

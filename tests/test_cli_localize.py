@@ -13,7 +13,7 @@ import torch
 from plantedkit import planted_model
 from torch import Tensor
 from typer.testing import CliRunner
-from unlearnkit import FACTS, original
+from unlearnkit import FACTS, original, saved
 
 from repe_unlearn.audit import figures
 from repe_unlearn.cli import app
@@ -33,12 +33,7 @@ def said(result: Any) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint, and the facts beside it."""
-    folder = tmp_path_factory.mktemp("model")
-    model, tokenizer = original()
-    model.save_pretrained(folder / "knows")  # type: ignore[operator]
-    tokenizer.save_pretrained(folder / "knows")
-    FACTS.to_jsonl(folder / "facts.jsonl")
-    return folder
+    return saved(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")

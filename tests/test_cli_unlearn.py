@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from typer.testing import CliRunner
-from unlearnkit import FACTS, original
+from unlearnkit import FACTS, original, saved
 
 from repe_unlearn.answers import answers
 from repe_unlearn.audit.report import Report
@@ -33,11 +33,7 @@ def said(result: Any) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint, and the facts beside it."""
-    folder = tmp_path_factory.mktemp("model")
-    model, tokenizer = original()
-    model.save_pretrained(folder / "knows")  # type: ignore[operator]
-    tokenizer.save_pretrained(folder / "knows")
-    FACTS.to_jsonl(folder / "facts.jsonl")
+    folder = saved(tmp_path_factory.mktemp("model"))
     (folder / "retain.txt").write_text("I met nobody in the park .\n\nYesterday nobody came to see us .\n")
     (folder / "forget.txt").write_text(
         "\n\n".join(f"{q.prompt}{q.answer} ." for q in FACTS.questions("seen", roles=["forget"]))

@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scriptkit import script
 from textkit import text_model, text_tokenizer
 from tiny import oblique, reading
 
 from repe_unlearn import Architecture, Contrast, ErasurePlan, Moments, apply, fingerprint
 from repe_unlearn.activations import prepare
 
-
-def _script() -> ModuleType:
-    path = Path(__file__).parent / "benchmarks" / "pos_scrubbing.py"
-    spec = importlib.util.spec_from_file_location("pos_scrubbing", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["pos_scrubbing"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-pos = _script()
+pos = script("pos_scrubbing")
 
 
 def _sentence(number: int, text: str, rows: list[tuple[str, str, str]], document: str = "") -> str:

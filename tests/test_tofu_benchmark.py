@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from scriptkit import script
 
 from repe_unlearn.audit.tofu import model_utility
 
-
-def _script() -> ModuleType:
-    path = Path(__file__).parent / "benchmarks" / "tofu.py"
-    spec = importlib.util.spec_from_file_location("tofu_benchmark", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["tofu_benchmark"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-bench = _script()
+bench = script("tofu")
 Asked = bench.Asked
 
 BORN = Asked("Where was Ana Ruiz born?", "Ana Ruiz was born in Oslo on May 4, 1950.")

@@ -45,6 +45,8 @@ QUICK: Mapping[str, dict[str, Any]] = {
     "grad_ascent": {"steps": 2},
     "fisher_dampening": {"alpha": 1.0, "bound": 0.5},
     "selective_pruning": {"fraction": 0.05},
+    "neuron_suppression": {"count": 20},
+    "head_suppression": {"count": 2, "pairs": 8, "scale": 0.5},
     "random": {"relative": 0.02},
 }
 
@@ -175,12 +177,52 @@ def test_free_text() -> None:
         ("npo", {"layers": [1], "parameters": "mlp"}, "both layers and parameters"),
         ("random", {"relative": 0.0}, "needed a size above 0"),
         ("rmu_adaptive", {"c": 3.0}, "no option 'c'"),
+        ("neuron_suppression", {"count": 0}, "got count=0; needed a whole number"),
+        ("neuron_suppression", {"scale": -1.0}, "got scale=-1"),
+        ("head_suppression", {"count": "two"}, "got count='two'; needed a whole number"),
     ],
 )
 def test_wrong_options_are_refused_in_words(name: str, options: dict[str, Any], complaint: str) -> None:
     model, tokenizer = original()
     with pytest.raises(InputError, match=complaint):
         METHODS[name].run(model, tokenizer, FACTS, progress=False, **options)
+
+
+@pytest.mark.parametrize("name", ["neuron_suppression", "head_suppression"])
+def test_what_looks_for_answers_refuses_free_text(name: str) -> None:
+    model, tokenizer = original()
+    with pytest.raises(InputError, match=f"{name} needs facts"):
+        METHODS[name].run(model, tokenizer, Corpus(("a b c.",)), Corpus(("d e f.",)), progress=False)
+
+
+def test_neurons_that_carry_the_answers_matter_more_than_others_and_the_sign_can_be_turned(
+    before: Measured,
+) -> None:
+    model, tokenizer = original()
+
+    def margin(patch: Patch) -> float:
+        return measure(model, tokenizer, FACTS, patch, texts=NEUTRAL, progress=False).margin
+
+    make = METHODS["neuron_suppression"].run
+    off, turned = (
+        make(model, tokenizer, FACTS, progress=False, count=60, scale=scale) for scale in (0.0, 1.0)
+    )
+    for name, edit in off.edits.items():
+        assert torch.allclose(turned.edits[name].delta(), 2 * edit.delta())
+    columns = {name: edit.delta().norm(dim=0).nonzero()[:, 0] for name, edit in off.edits.items()}
+    assert sum(map(len, columns.values())) == 60
+    generator = torch.Generator().manual_seed(0)
+    others = {}
+    for name, chosen in columns.items():
+        weight = model.get_parameter(name).detach().double()
+        free = [j for j in range(weight.shape[1]) if j not in set(chosen.tolist())]
+        pick = torch.tensor(free)[torch.randperm(len(free), generator=generator)[: len(chosen)]]
+        delta = torch.zeros_like(weight)
+        delta[:, pick] = -weight[:, pick]
+        others[name] = Edit(delta, None, "other neurons")
+    control = margin(Patch(others, off.fingerprint))
+    assert margin(turned) < margin(off) < control - 0.3
+    assert control > before.margin - 0.5
 
 
 def test_an_unknown_method_or_nothing_to_forget() -> None:

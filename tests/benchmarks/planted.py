@@ -43,6 +43,8 @@ GRIDS = {
     "influence": {"gain": [0.003, 0.01, 0.03], "damping": [0.1, 1.0]},
     "fisher_dampening": {"alpha": [0.3, 1.0, 3.0], "bound": [0.1, 0.5]},
     "selective_pruning": {"fraction": [0.01, 0.03, 0.06, 0.1, 0.2, 0.3]},
+    "neuron_suppression": {"count": [10, 30, 100], "scale": [0.0, 1.0]},
+    "head_suppression": {"count": [1, 2, 4], "scale": [0.0, 1.0]},
     "random": {"relative": [0.02, 0.1, 0.3, 0.6, 1.0, 2.0]},
 }
 

@@ -51,6 +51,8 @@ GRIDS: Mapping[str, Mapping[str, Sequence[Any]]] = {
     "influence": {"gain": [0.3, 1.0, 4.0], "damping": [0.1, 1.0]},
     "fisher_dampening": {"alpha": [1.0, 3.0, 10.0], "bound": [0.3, 1.0]},
     "selective_pruning": {"fraction": [0.001, 0.002, 0.005, 0.01, 0.02, 0.03]},
+    "neuron_suppression": {"count": [30, 100, 300], "scale": [0.0, 1.0]},
+    "head_suppression": {"count": [3, 10, 30], "scale": [0.0, 1.0]},
     "random": {"relative": [0.01, 0.02, 0.05, 0.1, 0.2, 0.5]},
 }
 _SHOWN = (
@@ -271,7 +273,9 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> str:
         "one step or none": (
             "#009E73",
             "D",
-            lambda n: n in ("influence", "fisher_dampening", "selective_pruning"),
+            lambda n: (
+                n in ("influence", "fisher_dampening", "selective_pruning") or n.endswith("_suppression")
+            ),
         ),
         "hook behind a gate": ("#CC79A7", "^", lambda n: n.startswith("steer_")),
         "no edit, random edit": ("#333333", "X", lambda n: n in ("before", "random")),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 from .encoding import completion_tokens, longest_text
 from .errors import InputError, NonFiniteError
 from .facts import Facts, Form, Question, Role
+from .head import only_last
 from .placement import evaluating, input_device, require_whole
 from .tables import html_table
 
@@ -277,16 +277,14 @@ def _scored(
     """Return step -> (log-probability, greedy decoding takes it)."""
     require_whole(model)
     device, found = input_device(model), dict[Step, tuple[float, bool]]()
-    chooses = "logits_to_keep" in inspect.signature(model.forward).parameters
     with evaluating(model), torch.no_grad():
         for batch in tqdm(
             asked.batches(batch_tokens), desc="answers", unit="batch", disable=not progress, leave=False
         ):
             ids, mask, rows, columns = asked.padded(batch, device)
-            # The head is not run on the prompts: with a large vocabulary it costs as much as many layers.
-            keep = ids.shape[1] - int(columns.min())
-            options = {"logits_to_keep": keep} if chooses else {}
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits[:, -keep:]
+            keep = ids.shape[1] - int(columns.min())  # nothing is asked at the prompts
+            options = {"use_cache": False, **only_last(model, keep)}
+            logits = model(input_ids=ids, attention_mask=mask, **options).logits[:, -keep:]
             said = [asked.runs[i][:n] for i in batch for n in asked.covered[i]]
             kept = columns - (ids.shape[1] - keep)
             found |= asked.read(said, logits[rows.to(logits.device), kept.to(logits.device)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 from weakref import WeakKeyDictionary
 
 import greenlet
@@ -33,7 +33,7 @@ from .solvers.ridge_edit import ridge_edit
 from .solvers.targets import Target
 from .taps import tap
 
-__all__ = ["TARGETS", "Place", "closed_form", "default_layers", "places_of"]
+__all__ = ["TARGETS", "Place", "closed_form", "default_layers", "places_of", "wanted"]
 
 _GROUPS = ("forget", "retain", "neighbour", "text", "decoy")
 _Group = Literal["forget", "retain", "neighbour", "text", "decoy"]
@@ -179,6 +179,7 @@ class Place:
 
     Attributes:
         layer: number of the block.
+        kind: ``attn_out`` or ``mlp_out``.
         linear: the weight.
         keys: where its inputs are seen.
         site: the output that targets are about: of the block, or of the module where the block's does not move by the
@@ -186,6 +187,7 @@ class Place:
     """
 
     layer: int
+    kind: Literal["mlp_out", "attn_out"]
     linear: Linear
     keys: Site
     site: Site
@@ -343,7 +345,8 @@ def _place(
     whole = kind == "mlp_out" and part.norm is None and not arch.family.post_layernorm
     whole = whole and arch.family.residual_scale is None
     site = arch.sites("resid_post", layers=[layer])[0] if whole else Site(f"{base}{weight}")
-    return Place(layer, linear(model, arch, base, weight, d, "out"), Site(f"{base}{weight}", "input"), site)
+    matrix = linear(model, arch, base, weight, d, "out")
+    return Place(layer, kind, matrix, Site(f"{base}{weight}", "input"), site)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -360,7 +363,8 @@ class _Solver:
         keys, outputs, wordings = self._of(rows, "forget")
         kept, text = self._of(rows, "retain"), self._of(rows, "text")
         near = self._of(rows, "neighbour")
-        target, z = self._target(rows, kept if len(kept[0]) else text, outputs, wordings)
+        source = self._of(rows, "decoy") if self.target == "mean_decoy" else kept if len(kept[0]) else text
+        target, z = wanted(self.target, (outputs, wordings), source[1:], self.seed)
         # Three parts facts and one part texts, whatever their numbers.
         shares = [
             (k.new_full((len(k),), share / len(k))) for k, share in ((kept[0], 3.0), (text[0], 1.0)) if len(k)
@@ -389,33 +393,38 @@ class _Solver:
             wordings += [self.prompts[i].wording for i in part.owner.cpu()[mine].tolist()]
         return torch.cat(keys), torch.cat(outputs), wordings
 
-    def _target(
-        self,
-        rows: Sequence[_Rows],
-        kept: tuple[Tensor, Tensor, list[str]],
-        outputs: Tensor,
-        wordings: Sequence[str],
-    ) -> tuple[Target, Tensor]:
-        """Return the target and what it gets to see as z."""
-        name = self.target
-        if isinstance(name, Target):
-            return name, outputs
-        if name == "zero":
-            return targets.zero(), outputs
-        if name == "rmu":
-            return targets.rmu(targets.rmu_directions(outputs.shape[1], 1, self.seed)[0]), outputs
-        if name == "redirect":
-            return targets.redirect(kept[1].mean(0) - outputs.mean(0)), outputs
-        source = kept if name == "mean_retain" else self._of(rows, "decoy")
-        wanted = _per_wording(source[1], source[2], wordings)
-        return Target(name.replace("_", " of "), lambda weight, forget, retain: forget), wanted - outputs
+
+Outputs: TypeAlias = tuple[Tensor, Sequence[str]]
+"""What is written at some positions, ``[n, d]`` float64, and the wording of each."""
 
 
-def _per_wording(outputs: Tensor, wordings: Sequence[str], wanted: Sequence[str]) -> Tensor:
+def wanted(target: str | Target, forget: Outputs, others: Outputs, seed: int = 0) -> tuple[Target, Tensor]:
+    """Return a target, and what it is to see as z at the forget positions.
+
+    Args:
+        target: one of ``TARGETS``, or a target, which sees the outputs.
+        forget: at the forget positions.
+        others: at those whose mean is wanted: of decoys for ``mean_decoy``, else of retain.
+        seed: of a random direction.
+    """
+    outputs, wordings = forget
+    if isinstance(target, Target):
+        return target, outputs
+    if target == "zero":
+        return targets.zero(), outputs
+    if target == "rmu":
+        return targets.rmu(targets.rmu_directions(outputs.shape[1], 1, seed)[0]), outputs
+    if target == "redirect":
+        return targets.redirect(others[0].mean(0) - outputs.mean(0)), outputs
+    away = _per_wording(*others, wordings) - outputs
+    return Target(target.replace("_", " of "), lambda weight, forget, retain: forget), away
+
+
+def _per_wording(outputs: Tensor, wordings: Sequence[str], asked: Sequence[str]) -> Tensor:
     """Return for each wanted wording the mean output in it; where it has none, the mean of all."""
     index: dict[str, list[int]] = {}
     for i, wording in enumerate(wordings):
         index.setdefault(wording, []).append(i)
     overall = outputs.mean(0)
     means = {wording: outputs[rows].mean(0) for wording, rows in index.items()}
-    return torch.stack([means.get(wording, overall) for wording in wanted])
+    return torch.stack([means.get(wording, overall) for wording in asked])

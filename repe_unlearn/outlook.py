@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .activations import gather
 from .architectures import Architecture
-from .closed_form import places_of
+from .closed_form import TARGETS, Place, places_of, wanted
 from .contrast import Contrast
 from .errors import InputError, NotEnoughDataError
-from .facts import Facts, Role
+from .facts import Facts, Question, Role
 from .moments import Moments
+from .shards import Rows
 from .sites import Site
-from .solvers import targets
 from .solvers.spectrum import Prediction, Tradeoff, choose
 from .solvers.targets import Target
 from .tables import html_table
@@ -29,36 +29,45 @@ from .tables import html_table
 __all__ = ["Outlook", "foresee"]
 
 _ROLES: tuple[Role, ...] = ("forget", "retain", "neighbour")
-_ALPHAS = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+_ALPHAS = tuple(10 ** (k / 8) for k in range(-8, 25))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outlook:
     """What the strongest edit within a budget will do, weight by weight, if it is the only one.
 
+    A share of little is little: what an early block writes at the last token hardly depends on the subject, and an edit
+    that takes all of that away changes no answer. So weights are ranked by ``reach``.
+
     Attributes:
         predictions: input of a writer -> what the edit will do at the last token of ``seen`` questions; writers for
             which no edit is within the budget are left out.
+        wanted: how large the wanted change is, as a share of the energy of the stream behind the block.
         layers: block of each.
-        distortion: the budget, a share of what is at retain and neighbour positions.
+        distortion: the budget of all chosen blocks together, a share of what is at retain and neighbour positions.
+        share: how many blocks share it; the predictions are of edits within ``distortion / share`` each.
     """
 
     predictions: Mapping[Site, Prediction]
+    wanted: Mapping[Site, float]
     layers: Mapping[Site, int]
     distortion: float
+    share: int = 1
+
+    def reach(self, site: Site) -> float:
+        """Return how much of the wanted change the edit makes, as a share of the energy of the stream."""
+        return (1 - self.predictions[site].remaining) * self.wanted[site]
 
     @property
     def best(self) -> tuple[Site, Prediction]:
-        """The weight that takes most away."""
-        return min(self.predictions.items(), key=lambda item: item[1].remaining)
+        """The weight that reaches furthest."""
+        return max(self.predictions.items(), key=lambda item: self.reach(item[0]))
 
     @property
     def chosen(self) -> tuple[int, ...]:
-        """The blocks to edit: those with a weight that takes away at least three quarters of what the best one does."""
-        most = 1 - self.best[1].remaining
-        return tuple(
-            sorted({self.layers[s] for s, p in self.predictions.items() if 1 - p.remaining >= 0.75 * most})
-        )
+        """The blocks to edit: those with a weight that reaches at least three quarters as far as the best one."""
+        most = self.reach(self.best[0])
+        return tuple(sorted({self.layers[s] for s in self.predictions if self.reach(s) >= 0.75 * most}))
 
     @property
     def alpha(self) -> float:
@@ -74,6 +83,8 @@ class Outlook:
                 "site": str(site),
                 "layer": self.layers[site],
                 "alpha": p.alpha,
+                "reach": self.reach(site),
+                "wanted": self.wanted[site],
                 "remaining": p.remaining,
                 "distortion": p.distortion,
                 "neighbour": p.neighbour,
@@ -86,7 +97,8 @@ class Outlook:
     def __repr__(self) -> str:
         site, p = self.best
         return (
-            f"Outlook({len(self.predictions)} weights; best {site}: {p.remaining:.0%} of what is wanted remains; "
+            f"Outlook({len(self.predictions)} weights; best {site}: changes {self.reach(site):.0%} of the stream, "
+            f"{p.remaining:.0%} of what is wanted remains; "
             f"layers {', '.join(map(str, self.chosen))}, alpha {self.alpha:.2g})"
         )
 
@@ -103,7 +115,7 @@ def foresee(
     *,
     layers: Iterable[int] | None = None,
     writers: Sequence[Literal["mlp_out", "attn_out"]] = ("mlp_out",),
-    target: Target | None = None,
+    target: str | Target = "mean_retain",
     distortion: float = 0.01,
     ridge: float = 14.0,
     beta: float = 30.0,
@@ -124,8 +136,9 @@ def foresee(
         facts: with something to forget and, of the same relations, to retain; neighbours count where there are any.
         layers: block numbers; default all.
         writers: ``mlp_out``, ``attn_out`` or both; default the MLP alone, which writes most of an answer.
-        target: what is wanted; default ``targets.mean_retain()``, over all wordings together.
-        distortion: largest change at retain and at neighbour positions, as a share of what is there.
+        target: what is wanted, as for ``closed_form``.
+        distortion: largest change at retain and at neighbour positions, as a share of what is there, of all blocks
+            together that are chosen: each gets an equal part.
         ridge: as for ``closed_form``.
         beta: weight of neighbours, as for ``closed_form``.
         alphas: weights of retain to choose from, one per weight.
@@ -139,46 +152,124 @@ def foresee(
     Example:
         ``outlook = foresee(model, tokenizer, facts, layers=range(8, 24)); outlook.chosen, outlook.alpha``
     """
+    if not isinstance(target, Target) and target not in TARGETS:
+        raise InputError(
+            f"got target={target!r}; needed one of {', '.join(TARGETS)}, or a solvers.targets.Target."
+        )
+    asked = _asked(facts, target)
+    contrast = Contrast.from_classes(
+        {role: [q.prompt for q in questions] for role, questions in asked.items()}, name=facts.name
+    )
+    wordings = [q.template for questions in asked.values() for q in questions]
+    arch = Architecture.of(model)
+    places = places_of(model, arch, range(arch.n_layers) if layers is None else layers, writers)
+    beside = {place: _beside(arch, place) for place in places}
+    sites = dict.fromkeys(site for p in places for site in (p.keys, p.site, *beside[p]))
+    rows = gather(model, tokenizer, contrast, list(sites), progress=progress)
+    rises: dict[Site, list[Prediction]] = {}
+    sizes: dict[Site, float] = {}
+    for place in tqdm(places, desc="spectrum", unit="weight", disable=not progress, leave=False):
+        parts = {
+            role: _Part.of(rows[place.keys], rows[place.site], contrast, k, wordings)
+            for k, role in enumerate(contrast.classes)
+        }
+        forget, source = parts["forget"], parts["decoy" if target == "mean_decoy" else "retain"]
+        what, z = wanted(target, (forget.outputs, forget.wordings), (source.outputs, source.wordings))
+        weight = place.linear.each(lambda w: w)
+        moments = Moments.of(forget.keys, z)
+        tradeoff = Tradeoff.of(
+            weight,
+            moments,
+            parts["retain"].moments,
+            target=what,
+            ridge=ridge,
+            neighbour=parts["neighbour"].moments if "neighbour" in parts else None,
+            beta=beta,
+        )
+        rises[place.keys] = [tradeoff.at(alpha) for alpha in alphas]
+        written, stream = (_energy(rows[site], contrast) for site in beside[place])
+        # What a post-norm or a multiplier makes of the module's output, it makes of a change of it, too.
+        size = tradeoff.wanted / float(forget.outputs.square().sum(1).mean())
+        sizes[place.keys] = size * written / stream
+    numbers = {place.keys: place.layer for place in places}
+    # Every block that is chosen takes its part of the budget, so choosing more leaves less to each.
+    share = 1
+    while True:
+        found = Outlook(_within(rises, distortion / share), sizes, numbers, distortion, share)
+        if not found.predictions:
+            raise InputError(
+                f"no edit of any of {len(places)} weights stays within distortion={distortion:g}"
+                + (f", shared by {share} blocks" if share > 1 else "")
+                + "; allow more, or other layers."
+            )
+        if len(found.chosen) <= share:
+            return found
+        share = len(found.chosen)
+
+
+def _within(rises: Mapping[Site, Sequence[Prediction]], distortion: float) -> dict[Site, Prediction]:
+    """Return the strongest edit of every weight within a budget; a weight that has none is not for editing."""
+    found = {}
+    for site, predictions in rises.items():
+        with contextlib.suppress(InputError):
+            _, found[site] = choose({site: predictions}, distortion=distortion)
+    return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Part:
+    """What a weight reads and writes at the questions of one role."""
+
+    keys: Tensor
+    outputs: Tensor
+    wordings: Sequence[str]
+
+    @classmethod
+    def of(cls, keys: Rows, outputs: Rows, contrast: Contrast, index: int, wordings: Sequence[str]) -> _Part:
+        labels = torch.tensor(contrast.labels)
+        mine = labels[keys.owner] == index
+        return cls(
+            keys.x[mine].double(),
+            outputs.x[labels[outputs.owner] == index].double(),
+            [wordings[int(i)] for i in keys.owner[mine]],
+        )
+
+    @property
+    def moments(self) -> Moments:
+        return Moments.of(self.keys, self.outputs)
+
+
+def _asked(facts: Facts, target: str | Target) -> dict[Role, list[Question]]:
+    """Return the questions of every role that has some."""
     forgotten = {fact.relation for fact in facts if fact.role == "forget"}
-    asked: dict[str, list[str]] = {role: [] for role in _ROLES}
-    for q in facts.questions("seen", roles=_ROLES):
+    roles: tuple[Role, ...] = (*_ROLES, "decoy") if target == "mean_decoy" else _ROLES
+    asked: dict[Role, list[Question]] = {role: [] for role in roles}
+    for q in facts.questions("seen", roles=roles):
         fact = facts.facts[q.fact]
-        if fact.role != "retain" or fact.relation in forgotten:
-            asked[fact.role].append(q.prompt)
+        if fact.role not in ("retain", "decoy") or fact.relation in forgotten:
+            asked[fact.role].append(q)
     if not asked["forget"] or not asked["retain"]:
         raise NotEnoughDataError(
             f"{facts.name!r} needs facts with the role forget, and facts of the same relation with the role retain."
         )
-    contrast = Contrast.from_classes({role: texts for role, texts in asked.items() if texts}, name=facts.name)
-    labels = torch.tensor(contrast.labels)
-    arch = Architecture.of(model)
-    places = places_of(model, arch, range(arch.n_layers) if layers is None else layers, writers)
-    sites = dict.fromkeys(site for place in places for site in (place.keys, place.site))
-    rows = gather(model, tokenizer, contrast, list(sites), progress=progress)
-    found: dict[Site, Prediction] = {}
-    for place in tqdm(places, desc="spectrum", unit="weight", disable=not progress, leave=False):
-        keys, outputs = rows[place.keys], rows[place.site]
-        parts = [
-            Moments.of(
-                keys.x[labels[keys.owner] == k].double(), outputs.x[labels[outputs.owner] == k].double()
-            )
-            for k in range(len(contrast.classes))
-        ]
-        weight = place.linear.each(lambda w: w)
-        tradeoff = Tradeoff.of(
-            weight,
-            parts[0],
-            parts[1],
-            target=target or targets.mean_retain(),
-            ridge=ridge,
-            neighbour=parts[2] if len(parts) > 2 else None,
-            beta=beta,
-        )
-        predictions = [tradeoff.at(alpha) for alpha in alphas]
-        with contextlib.suppress(InputError):  # none is within the budget: this weight is not for editing
-            _, found[place.keys] = choose({0: predictions}, distortion=distortion)
-    if not found:
-        raise InputError(
-            f"no edit of any of {len(places)} weights stays within distortion={distortion:g}; allow more, or other layers."
-        )
-    return Outlook(found, {place.keys: place.layer for place in places}, distortion)
+    if target == "mean_decoy" and not asked["decoy"]:
+        raise NotEnoughDataError("target='mean_decoy' needs facts with the role 'decoy'; there are none.")
+    return {role: questions for role, questions in asked.items() if questions}
+
+
+def _beside(arch: Architecture, place: Place) -> tuple[Site, Site]:
+    """Return where what the edited module adds to the stream is seen, and the stream behind its block.
+
+    Where the target is about the stream itself both are the stream.
+    """
+    (stream,) = arch.sites("resid_post", layers=[place.layer])
+    if place.site == stream:
+        return stream, stream
+    (written,) = arch.sites("attn_out" if place.kind == "attn_out" else "mlp_out", layers=[place.layer])
+    return written, stream
+
+
+def _energy(rows: Rows, contrast: Contrast) -> float:
+    """Return the mean square length at forget positions."""
+    mine = torch.tensor(contrast.labels)[rows.owner] == contrast.classes.index("forget")
+    return float(rows.x[mine].double().square().sum(1).mean())

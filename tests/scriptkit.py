@@ -8,10 +8,15 @@ from pathlib import Path
 from types import ModuleType
 
 
+FOLDER = Path(__file__).parent / "benchmarks"
+
+
 def script(name: str) -> ModuleType:
     """Return ``benchmarks/NAME.py`` as the module ``NAME_benchmark``."""
     known = f"{name}_benchmark"
-    spec = importlib.util.spec_from_file_location(known, Path(__file__).parent / "benchmarks" / f"{name}.py")
+    if str(FOLDER) not in sys.path:  # a script finds its neighbours as when it is run
+        sys.path.append(str(FOLDER))
+    spec = importlib.util.spec_from_file_location(known, FOLDER / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

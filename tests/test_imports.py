@@ -19,7 +19,7 @@ PACKAGE = ROOT.name
 # Lowest first: a module imports from its own layer and from those above it in this table, never from below.
 # A package (builtin, solvers, audit, export) counts as one module. List a new module in the layer it belongs to.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "sites", "tokens", "example", "rows", "shrinkage", "placement", "inputs"),
+    ("errors", "sites", "tokens", "example", "rows", "shrinkage", "placement", "inputs", "head"),
     (
         "eraser",
         "edit",

@@ -11,6 +11,7 @@ import torch
 from unlearnkit import FACTS, NEUTRAL, original
 
 from repe_unlearn.activations import gather
+from repe_unlearn.closed_form import closed_form
 from repe_unlearn.contrast import Contrast
 from repe_unlearn.errors import (
     FileFormatError,
@@ -23,7 +24,7 @@ from repe_unlearn.methods import METHODS
 from repe_unlearn.moments import Moments
 from repe_unlearn.outlook import Outlook, foresee
 from repe_unlearn.sites import Site
-from repe_unlearn.solvers import ridge_edit, targets
+from repe_unlearn.solvers import Target, ridge_edit
 from repe_unlearn.solvers.spectrum import Prediction
 from repe_unlearn.sweep import Point, Sweep, front, sweep
 
@@ -159,53 +160,102 @@ def test_what_is_foreseen_is_what_the_edit_does() -> None:
     block = Site("model.layers.2")
     rows: dict[str, torch.Tensor] = {}
     outs: dict[str, torch.Tensor] = {}
+    wordings: dict[str, list[str]] = {}
     for role in ("forget", "retain", "neighbour"):
         kept = FACTS.only(role, relation="home town") if role == "retain" else FACTS.only(role)  # type: ignore[arg-type]
         prompts = [q.prompt for q in kept.questions("seen")]
+        wordings[role] = [q.template for q in kept.questions("seen")]
         contrast = Contrast.from_labels(prompts, [i % 2 for i in range(len(prompts))])
         found = gather(model, tokenizer, contrast, [site, block], progress=False)
         rows[role], outs[role] = found[site].x.double(), found[block].x.double()
     weight = model.get_parameter("model.layers.2.mlp.down_proj.weight").double()
     moments = {role: Moments.of(x, outs[role]) for role, x in rows.items()}
+    out = outs["retain"]
+    # As in the edit itself: what is written on average in the same wording.
+    means = {
+        w: out[[i for i, v in enumerate(wordings["retain"]) if v == w]].mean(0) for w in wordings["forget"]
+    }
+    wanted = torch.stack([means[w] for w in wordings["forget"]]) - outs["forget"]
     delta = ridge_edit(
         weight,
-        moments["forget"],
+        Moments.of(rows["forget"], wanted),
         moments["retain"],
-        target=targets.mean_retain(),
+        target=Target("given", lambda weight, forget, retain: forget),
         alpha=p.alpha,
         ridge=0.1,
         neighbour=moments["neighbour"],
         beta=2.0,
     ).delta()
-    out = outs["retain"]
-    wanted = out.mean(0) - outs["forget"]
     missed = wanted - rows["forget"] @ delta.T
     moved = (rows["retain"] @ delta.T).square().sum() / out.square().sum()
     assert p.remaining == pytest.approx(float(missed.square().sum() / wanted.square().sum()), rel=1e-5)
     assert p.distortion == pytest.approx(float(moved), rel=1e-4)
     assert p.distortion <= 0.05
+    share = wanted.square().sum() / outs["forget"].square().sum()
+    assert outlook.wanted[site] == pytest.approx(float(share), rel=1e-5)
+    assert outlook.reach(site) == pytest.approx((1 - p.remaining) * float(share), rel=1e-5)
     less = foresee(model, tokenizer, FACTS, distortion=0.001, **how)
     assert less.best[1].remaining > p.remaining
     with pytest.raises(InputError, match="no edit of any of 1 weights"):
         foresee(model, tokenizer, FACTS, distortion=1e-9, **how)
 
 
-def test_layers_that_do_three_quarters_as_much_as_the_best_are_chosen() -> None:
+def test_layers_that_reach_three_quarters_as_far_as_the_best_are_chosen() -> None:
     def row(alpha: float, remaining: float) -> Prediction:
         return Prediction(alpha, remaining, 0.02, math.nan, 3.0, 0.1)
 
-    sites = [Site(f"model.layers.{i}.mlp.down_proj", "input") for i in range(3)]
+    sites = [Site(f"model.layers.{i}.mlp.down_proj", "input") for i in range(4)]
+    rows = (row(1.0, 0.6), row(4.0, 0.2), row(1.0, 0.3), row(9.0, 0.0))
     outlook = Outlook(
-        dict(zip(sites, (row(1.0, 0.6), row(4.0, 0.2), row(1.0, 0.3)), strict=True)),
+        dict(zip(sites, rows, strict=True)),
+        # The last weight could do all that is wanted there, and that is next to nothing.
+        dict(zip(sites, (0.5, 0.5, 0.5, 0.01), strict=True)),
         {site: i for i, site in enumerate(sites)},
         0.02,
     )
     assert outlook.chosen == (1, 2)
     assert outlook.alpha == pytest.approx(2.0)
     assert outlook.best[0] == sites[1]
-    assert [r["layer"] for r in outlook.rows()] == [0, 1, 2]
+    assert [outlook.reach(site) for site in sites] == pytest.approx([0.2, 0.4, 0.35, 0.01])
+    assert [r["layer"] for r in outlook.rows()] == [0, 1, 2, 3]
+    assert [r["reach"] for r in outlook.rows()] == pytest.approx([0.2, 0.4, 0.35, 0.01])
     assert "layers 1, 2" in repr(outlook)
-    assert outlook._repr_html_().count("<tr>") == 4
+    assert "changes 40% of the stream" in repr(outlook)
+    assert outlook._repr_html_().count("<tr>") == 5
+
+
+@pytest.mark.parametrize("target", ["zero", "mean_decoy", "redirect", "rmu"])
+def test_every_target_of_the_edit_can_be_foreseen(target: str) -> None:
+    model, tokenizer = original()
+    how = {"layers": [2], "ridge": 0.1, "beta": 2.0, "progress": False}
+    outlook = foresee(model, tokenizer, FACTS, target=target, distortion=10.0, **how)
+    (p,) = outlook.predictions.values()
+    patch = closed_form(
+        model, tokenizer, FACTS, target=target, alpha=p.alpha, texts=(), writers=["mlp_out"], **how
+    )
+    (edit,) = patch.edits.values()
+    size = float(edit.delta().norm() / model.get_parameter("model.layers.2.mlp.down_proj.weight").norm())
+    assert p.relative == pytest.approx(size, rel=1e-3)
+
+
+def test_attention_is_measured_by_what_it_adds_to_the_stream() -> None:
+    model, tokenizer = original()
+    how = {"layers": [2], "ridge": 0.1, "beta": 2.0, "distortion": 0.5, "progress": False}
+    outlook = foresee(model, tokenizer, FACTS, writers=["attn_out"], **how)
+    ((site, _),) = outlook.predictions.items()
+    asked = {role: FACTS.only(role).questions("seen") for role in ("forget", "retain")}
+    asked["retain"] = FACTS.only("retain", relation="home town").questions("seen")
+    contrast = Contrast.from_classes({role: [q.prompt for q in qs] for role, qs in asked.items()})
+    sites = [Site("model.layers.2.self_attn.o_proj"), Site("model.layers.2")]
+    found = gather(model, tokenizer, contrast, sites, progress=False)
+    n = len(asked["forget"])
+    written, stream = (found[s].x.double() for s in sites)
+    means: dict[str, list[torch.Tensor]] = {}
+    for q, row in zip(asked["retain"], written[n:], strict=True):
+        means.setdefault(q.template, []).append(row)
+    away = torch.stack([torch.stack(means[q.template]).mean(0) for q in asked["forget"]]) - written[:n]
+    share = float(away.square().sum() / stream[:n].square().sum())
+    assert outlook.wanted[site] == pytest.approx(share, rel=1e-5)
 
 
 def test_what_cannot_be_foreseen() -> None:
@@ -214,3 +264,8 @@ def test_what_cannot_be_foreseen() -> None:
         foresee(model, tokenizer, FACTS.only("retain"), progress=False)
     with pytest.raises(InputError, match="needed mlp_out, attn_out"):
         foresee(model, tokenizer, FACTS, writers=["mlp_in"], progress=False)
+    with pytest.raises(InputError, match=r"got target='nothing'; needed one of mean_retain"):
+        foresee(model, tokenizer, FACTS, target="nothing", progress=False)
+    known = FACTS.where(lambda fact: fact.role != "decoy")
+    with pytest.raises(NotEnoughDataError, match="needs facts with the role 'decoy'"):
+        foresee(model, tokenizer, known, target="mean_decoy", progress=False)

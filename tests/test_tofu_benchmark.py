@@ -128,10 +128,10 @@ def test_published_rows_are_of_methods_that_exist() -> None:
 
 def test_runs_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     args = bench.parser().parse_args(["--out", str(tmp_path)])
-    bench._same_settings(args)
-    bench._same_settings(bench.parser().parse_args(["--out", str(tmp_path), "--methods", "npo"]))
+    bench.same_settings(args, bench.FREE)
+    bench.same_settings(bench.parser().parse_args(["--out", str(tmp_path), "--methods", "npo"]), bench.FREE)
     with pytest.raises(SystemExit, match="other settings"):
-        bench._same_settings(bench.parser().parse_args(["--out", str(tmp_path), "--epochs", "1"]))
+        bench.same_settings(bench.parser().parse_args(["--out", str(tmp_path), "--epochs", "1"]), bench.FREE)
 
 
 def test_the_report_goes_between_the_markers() -> None:

@@ -112,7 +112,7 @@ def _probes(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
 
 
 def _sampled(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
-    return [leak_at_k(model, case.tokenizer, case.facts, roles=COMPARED, seed=seed, progress=False)]
+    return [leak_at_k(model, case.tokenizer, case.brief, roles=COMPARED, seed=seed, progress=False)]
 
 
 def _prefix(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
@@ -131,18 +131,19 @@ def _perturbed(change: str) -> Run:
     return run
 
 
-def _relearned(arm: Arm, *, steps: Sequence[int] = (5, 10, 20), full: bool = False) -> Run:
+def _relearned(arm: Arm, *, full: bool = False) -> Run:
     def run(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
         small = sum(p.numel() for p in model.parameters()) < SMALL
-        # A large model takes a minute per rate, so all of them only where there is time.
-        rates = None if full else RATES_SMALL[1:] if small else RATES[1:2]
-        options = {"steps": steps, "rates": rates, "texts": case.texts, "seed": seed, "progress": False}
-        return [relearning(model, case.tokenizer, case.brief, arm=arm, **options)]
+        options = {
+            "steps": (5, 10, 20, 40) if full else (5, 10, 20),
+            # A large model takes a minute per rate, so all of them, and large batches, only where there is time.
+            "rates": None if full else RATES_SMALL[1:] if small else RATES[1:2],
+            "batch": 16 if full or small else 8,
+            "texts": case.texts,
+        }
+        return [relearning(model, case.tokenizer, case.brief, arm=arm, seed=seed, progress=False, **options)]
 
     return run
-
-
-_LONG = {"steps": (5, 10, 20, 40), "full": True}
 
 
 # Behaviour comes first: without it no verdict. Retention is measured before the attacks.
@@ -159,8 +160,8 @@ ATTACKS: tuple[Attack, ...] = (
     Attack("depth", "T1", "full", 20.0, _depth, random=False),
     Attack("perturb.prune30", "T2", "full", 1.0, _perturbed("prune30")),
     Attack("perturb.noise", "T2", "full", 1.0, _perturbed("noise"), seeds=True),
-    Attack("relearn.benign", "T2", "full", 30.0, _relearned("benign", **_LONG), random=False, seeds=True),
-    Attack("relearn.decoy", "T2", "full", 30.0, _relearned("decoy", **_LONG), random=False, seeds=True),
+    Attack("relearn.benign", "T2", "full", 30.0, _relearned("benign", full=True), random=False, seeds=True),
+    Attack("relearn.decoy", "T2", "full", 30.0, _relearned("decoy", full=True), random=False, seeds=True),
     Attack("prefix", "T1", "full", 20.0, _prefix, random=False, seeds=True),
 )
 

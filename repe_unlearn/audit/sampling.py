@@ -19,6 +19,7 @@ from repe_unlearn.audit.scores import Scores, curves
 from repe_unlearn.encoding import longest_text
 from repe_unlearn.errors import InputError, NonFiniteError, NotEnoughDataError
 from repe_unlearn.facts import Facts, Form, Question, Role
+from repe_unlearn.head import only_last
 from repe_unlearn.placement import input_device, require_whole
 
 
@@ -145,7 +146,8 @@ def _next(model: nn.Module, picks: dict[Beginning, Tensor], batch_tokens: int) -
     with torch.no_grad():
         for chunk in equally_long(texts, batch_tokens):
             ids = torch.tensor([texts[i] for i in chunk], device=device)
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[:, -1]
+            options = {"use_cache": False, **only_last(model, 1)}
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), **options).logits[:, -1]
             total = logits.double().softmax(-1).cumsum(-1).cpu()
             if not torch.isfinite(total).all():
                 raise NonFiniteError("the model's logits hold NaN or infinity; load it in float32.")

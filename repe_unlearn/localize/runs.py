@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from repe_unlearn.architectures import Architecture
 from repe_unlearn.errors import InputError
+from repe_unlearn.head import only_last
 from repe_unlearn.localize.pairs import Aligned
 from repe_unlearn.localize.parts import Part
 from repe_unlearn.placement import input_device, require_whole
@@ -72,8 +73,7 @@ class Runner:
         self.embedding = Site(self.arch.path(self.arch.family.embeddings[0]))
         accepted = inspect.signature(model.forward).parameters
         self._options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
-        if "logits_to_keep" in accepted:
-            self._options["logits_to_keep"] = 1
+        self._options |= only_last(model, 1)
 
     def groups(self, pairs: Sequence[Aligned], noise: Noise | None) -> list[Group]:
         """Return the pairs grouped by length, each ``noise.samples`` times where there is noise."""

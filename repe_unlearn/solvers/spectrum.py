@@ -163,6 +163,11 @@ class Tradeoff:
         size = gram * (vectors.T @ vectors)
         return cls(omega.clamp_min(0), vectors, along, size, beside, hat, energies, lam, beta, words)
 
+    @property
+    def wanted(self) -> float:
+        """Energy of the wanted change, ``E_f ‖e‖²``."""
+        return self._energies[0]
+
     def edit(self, alpha: float) -> Edit:
         """Return the edit that ``ridge_edit`` gives for this alpha, dense."""
         delta = (self._wanted * self._shrink(alpha)) @ self._vectors.T

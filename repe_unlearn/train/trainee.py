@@ -17,6 +17,7 @@ from repe_unlearn.architectures import Architecture, Experts, Write
 from repe_unlearn.edit import Edit
 from repe_unlearn.errors import InputError, UnsupportedModelError
 from repe_unlearn.fingerprints import fingerprint
+from repe_unlearn.head import only_last
 from repe_unlearn.linears import floating
 from repe_unlearn.patch import Patch
 from repe_unlearn.placement import input_device
@@ -141,8 +142,8 @@ class Trainee:
         from which nothing is predicted.
         """
         keep = batch.ids.shape[1] - int(batch.counts.any(0).nonzero()[0])
-        options = {"logits_to_keep": keep} if "logits_to_keep" in self._accepted else {}
-        logits = self.run(batch.without_last(), original=original, **options).logits[:, -keep:]
+        run = self.run(batch.without_last(), original=original, **only_last(self.model, keep))
+        logits = run.logits[:, -keep:]
         wide = torch.promote_types(logits.dtype, torch.float32)
         return logits.to(wide), batch.ids[:, -keep:], batch.counts[:, -keep:]
 

@@ -33,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from _kept import same_settings, write
 from torch import Tensor
 
 from repe_unlearn import Architecture, Contrast, Example, Moments, Site, apply, fit_sequential, load, solvers
@@ -545,21 +546,11 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def _same_settings(args: argparse.Namespace) -> None:
-    """Refuse to mix runs of several settings in one folder."""
-    free = ("data", "out", "svg", "page", "methods", "seeds")
-    settings = {name: value for name, value in vars(args).items() if name not in free}
-    file: Path = args.out / "settings.json"
-    if file.exists() and json.loads(file.read_text("utf-8")) != settings:
-        raise SystemExit(f"{args.out} holds runs of other settings ({file.name}); name another --out")
-    file.write_text(json.dumps(settings), encoding="utf-8")
-
-
 def main() -> None:
     """Compute what is missing and print the table."""
     args = parser().parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    _same_settings(args)
+    same_settings(args, ("data", "out", "svg", "page", "methods", "seeds"))
     data: Path = args.data
     fitting = treebank((data / "pos/en_ewt-ud-dev.conllu").read_text("utf-8"), args.words)
     heldout = treebank((data / "pos/en_ewt-ud-test.conllu").read_text("utf-8"), args.words)
@@ -584,9 +575,7 @@ def main() -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 found = bench.run(method, seed)
-            part = file.with_suffix(".part")
-            part.write_text(json.dumps(found), encoding="utf-8")
-            part.replace(file)
+            write(file, found)
             bits = [sum(found[c]["bits"]) / sum(found[c]["bytes"]) for c in CORPORA if c in found]
             print(method, seed, [round(b, 3) for b in bits], found["probe"], found["cpu_seconds"], flush=True)
     runs = read(args.out)

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _kept import same_settings, write
 
 from repe_unlearn import load, train
 from repe_unlearn.audit import tofu
@@ -37,6 +38,7 @@ from repe_unlearn.methods import METHODS
 PROMPT = "Question: {}\nAnswer:"  # as Facts.from_tofu asks
 SETS = ("forget", "retain", "real_authors", "world_facts")
 CUT = "closed_form_cut"  # closed_form, with answers cut into parts: see ``cut``
+FREE = ("data", "out", "page", "methods")  # options that may differ between runs in one folder
 CHOSEN = ("closed_form", CUT, "rmu", "grad_ascent", "grad_diff", "npo", "simnpo", "random")
 # Fewer and smaller steps than METHODS has: one core, and texts of 35 tokens in place of seven.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
@@ -362,15 +364,6 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def _same_settings(args: argparse.Namespace) -> None:
-    """Refuse to mix runs of several settings in one folder."""
-    settings = {k: v for k, v in vars(args).items() if k not in ("data", "out", "page", "methods")}
-    file: Path = args.out / "settings.json"
-    if file.exists() and json.loads(file.read_text("utf-8")) != settings:
-        raise SystemExit(f"{args.out} holds runs of other settings ({file.name}); name another --out")
-    file.write_text(json.dumps(settings), encoding="utf-8")
-
-
 def main() -> None:
     """Compute what is missing and print the table."""
     from _side_by_side import machine
@@ -379,7 +372,7 @@ def main() -> None:
     if args.quick:
         args.forget, args.retain, args.measured, args.epochs, args.tokens = 6, 6, 4, 2, 4
     args.out.mkdir(parents=True, exist_ok=True)
-    _same_settings(args)
+    same_settings(args, FREE)
     all_forget, all_retain, authors, world = (read(args.data, name) for name in SETS)
     forget, retain = choose(all_forget, all_retain, (args.forget, args.retain), args.wrong)
     some = every(retain, args.measured), every(authors, args.measured), every(world, args.measured)
@@ -390,9 +383,7 @@ def main() -> None:
         if not file.exists():
             start = time.perf_counter()
             found = make()
-            part = file.with_suffix(".part")
-            part.write_text(json.dumps(found), encoding="utf-8")
-            part.replace(file)
+            write(file, found)
             print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
 
     keep("gold", lambda: {"scores": measure(teach(retain, args.out / "gold-model", args), questions, args)})

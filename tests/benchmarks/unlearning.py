@@ -309,7 +309,7 @@ def draw(rows: Sequence[Mapping[str, Any]]) -> str:
         zorder=1,
         label="none is better",
     )
-    ax.set(xlim=(-0.03, 1.02), ylim=(-0.08, top))
+    ax.set(xlim=(-0.03, 1.02), ylim=(-0.16, top))
     ax.set_xlabel("accuracy on what is to be forgotten, unseen wordings")
     ax.set_ylabel("kept of retain and neighbours, smaller share of before")
     ax.axhline(1.0, color="#8a9099", linewidth=0.6, linestyle=":", zorder=0)

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-
 FOLDER = Path(__file__).parent / "benchmarks"
 
 

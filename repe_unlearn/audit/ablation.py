@@ -26,7 +26,7 @@ from repe_unlearn.taps import Tap, tap
 
 OUTLIER = 3.0  # standard deviations
 DIRECTIONS = (1, 2, 3, 4)
-STARTS = 6
+STARTS = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +66,7 @@ def ablations(
         tokenizer: its tokenizer.
         facts: with the roles forget and retain.
         base: the model before the edit.
-        layers: where the projection of the mean difference begins; default up to 6, evenly spaced from the first edited
+        layers: where the projection of the mean difference begins; default up to 4, evenly spaced from the first edited
             block on (from the first block where the edit is not known).
         batch_tokens: positions per batch.
         progress: show progress bars.

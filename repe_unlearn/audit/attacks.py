@@ -20,7 +20,7 @@ from repe_unlearn.audit.relearning import RATES, RATES_SMALL, SMALL, Arm, relear
 from repe_unlearn.audit.sampling import leak_at_k
 from repe_unlearn.audit.scores import Scores, Tier
 from repe_unlearn.errors import InputError
-from repe_unlearn.facts import FORMS, Facts, Role
+from repe_unlearn.facts import FORMS, Facts, Form, Role
 
 Level = Literal["quick", "standard", "full"]
 LEVELS: tuple[Level, ...] = get_args(Level)
@@ -81,8 +81,13 @@ class Attack:
 
 
 def _behaviour(case: Case, model: nn.Module, seed: int) -> Sequence[Scores]:
-    options = {"forms": FORMS, "roles": COMPARED, "seed": seed, "progress": False}
-    return behaviours(model, case.tokenizer, case.facts, **options)
+    options = {"roles": COMPARED, "seed": seed, "progress": False}
+    plain: list[Form] = [form for form in FORMS if form != "in_context"]
+    # What is shown first makes in-context questions three times as long, so they come in fewer wordings.
+    return (
+        *behaviours(model, case.tokenizer, case.facts, forms=plain, **options),
+        *behaviours(model, case.tokenizer, case.brief, forms=["in_context"], **options),
+    )
 
 
 def _directions(case: Case) -> None:
@@ -148,20 +153,20 @@ def _relearned(arm: Arm, *, full: bool = False) -> Run:
 
 # Behaviour comes first: without it no verdict. Retention is measured before the attacks.
 ATTACKS: tuple[Attack, ...] = (
-    Attack("behaviour", "T0", "quick", 8.0, _behaviour),
-    Attack("ablation", "T1", "quick", 11.0, _ablation, prepare=_directions),
-    Attack("lens", "T1", "quick", 3.0, _lens),
-    Attack("probe", "T1", "standard", 5.0, _probes),
-    Attack("relearn.retain_only", "T2", "standard", 30.0, _relearned("retain_only"), random=False),
-    Attack("relearn.facts", "T2", "standard", 30.0, _relearned("facts"), random=False),
+    Attack("behaviour", "T0", "quick", 5.5, _behaviour),
+    Attack("ablation", "T1", "quick", 9.5, _ablation, prepare=_directions),
+    Attack("lens", "T1", "quick", 2.5, _lens),
+    Attack("probe", "T1", "standard", 4.0, _probes),
+    Attack("relearn.retain_only", "T2", "standard", 8.0, _relearned("retain_only"), random=False),
+    Attack("relearn.facts", "T2", "standard", 8.0, _relearned("facts"), random=False),
     Attack("perturb.int8", "T2", "standard", 1.0, _perturbed("int8")),
     Attack("perturb.int4", "T2", "standard", 1.0, _perturbed("int4")),
-    Attack("sampling", "T0", "standard", 10.0, _sampled, seeds=True),
+    Attack("sampling", "T0", "standard", 4.5, _sampled, seeds=True),
     Attack("depth", "T1", "full", 20.0, _depth, random=False),
     Attack("perturb.prune30", "T2", "full", 1.0, _perturbed("prune30")),
     Attack("perturb.noise", "T2", "full", 1.0, _perturbed("noise"), seeds=True),
-    Attack("relearn.benign", "T2", "full", 30.0, _relearned("benign", full=True), random=False, seeds=True),
-    Attack("relearn.decoy", "T2", "full", 30.0, _relearned("decoy", full=True), random=False, seeds=True),
+    Attack("relearn.benign", "T2", "full", 60.0, _relearned("benign", full=True), random=False, seeds=True),
+    Attack("relearn.decoy", "T2", "full", 60.0, _relearned("decoy", full=True), random=False, seeds=True),
     Attack("prefix", "T1", "full", 20.0, _prefix, random=False, seeds=True),
 )
 

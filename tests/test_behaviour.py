@@ -7,13 +7,15 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from knowkit import PLANTED, TOK, TOLD, gold, log_probability, margin, original, share_left, wrongly_told
 from textkit import EOS, text_model
 from tiny import assert_same, hook_count, snapshot
 from torch import nn
 
 from repe_unlearn.audit.behaviour import behaviour, behaviours
-from repe_unlearn.audit.sampling import begins_with, leak_at_k, samples
+from repe_unlearn.audit.sampling import begins_with, leak_at_k, samples, undecided
 from repe_unlearn.errors import InputError, NonFiniteError, NotEnoughDataError
 from repe_unlearn.facts import Facts
 
@@ -75,6 +77,33 @@ def test_the_model_is_left_as_it_was() -> None:
 )
 def test_what_counts_as_right(text: str, answer: str, right: bool) -> None:
     assert begins_with(text, answer) == right
+
+
+@given(st.text("ab é.-", max_size=9), st.text("ab é.-", max_size=6), st.integers(0, 9))
+def test_a_sample_ends_only_where_what_follows_cannot_change_whether_it_is_right(
+    text: str, answer: str, cut: int
+) -> None:
+    if not undecided(text[:cut], answer):
+        assert begins_with(text[:cut], answer) == begins_with(text, answer)
+
+
+def test_samples_that_are_decided_are_not_continued_and_count_as_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, tokenizer = original()
+    runs = []
+    handle = model.register_forward_pre_hook(
+        lambda _, args, kwargs: runs.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    try:
+        short = leak_at_k(model, tokenizer, PLANTED, k=4, progress=False)
+        few, _ = sum(runs), runs.clear()
+        monkeypatch.setattr("repe_unlearn.audit.sampling.undecided", lambda text, answer: True)
+        whole = leak_at_k(model, tokenizer, PLANTED, k=4, progress=False)
+    finally:
+        handle.remove()
+    assert short.values == whole.values
+    assert few < 0.9 * sum(runs)
 
 
 def test_draws_are_those_of_the_cumulative_distribution_in_plain_torch() -> None:

@@ -161,7 +161,7 @@ ATTACKS: tuple[Attack, ...] = (
     Attack("relearn.facts", "T2", "standard", 8.0, _relearned("facts"), random=False),
     Attack("perturb.int8", "T2", "standard", 1.0, _perturbed("int8")),
     Attack("perturb.int4", "T2", "standard", 1.0, _perturbed("int4")),
-    Attack("sampling", "T0", "standard", 4.5, _sampled, seeds=True),
+    Attack("sampling", "T0", "standard", 3.0, _sampled, seeds=True),
     Attack("depth", "T1", "full", 20.0, _depth, random=False),
     Attack("perturb.prune30", "T2", "full", 1.0, _perturbed("prune30")),
     Attack("perturb.noise", "T2", "full", 1.0, _perturbed("noise"), seeds=True),

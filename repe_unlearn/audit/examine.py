@@ -88,8 +88,8 @@ def audit(
         facts: what was to be forgotten and what was to stay; roles ``forget`` and, without ``gold``, ``decoy`` with at
             least 8 facts each (16 for a verdict), and best ``retain`` and ``neighbour``.
         level: ``"quick"`` (asking, ablation, lens), ``"standard"`` (also probes, relearning, rounding, sampling) or
-            ``"full"`` (everything, random attacks repeated, all wordings); below full, two wordings of every form, and one
-            where an attack asks again after every try.
+            ``"full"`` (everything, random attacks repeated, all wordings); below full, two wordings of every form, and
+            one in context, when sampling and where an attack asks again after every try.
         only: attacks to run in place of those of the level, by name (``"relearn.facts"``) or kind (``"relearn"``).
         minutes: most wall time; attacks that do not fit are left out, and the report lists them.
         gold: a model of the same shape that never knew.

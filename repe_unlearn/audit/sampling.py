@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from math import comb
 from typing import Any
 
@@ -69,15 +70,23 @@ def leak_at_k(
     questions = facts.questions(*forms, roles=roles, seed=seed)
     if not questions:
         raise NotEnoughDataError(f"no fact of {facts.name!r} has a wording {' or '.join(forms)}.")
+    drawn = samples(
+        model,
+        tokenizer,
+        questions,
+        k,
+        seed,
+        batch_tokens,
+        progress,
+        going_on=lambda i, text: undecided(text, questions[i].answer),
+    )
     hits = [
         sum(begins_with(text, question.answer) for text in texts)
-        for question, texts in zip(
-            questions, samples(model, tokenizer, questions, k, seed, batch_tokens, progress), strict=True
-        )
+        for question, texts in zip(questions, drawn, strict=True)
     ]
     # Of k samples with h hits a random subset of j has none with probability C(k - h, j) / C(k, j).
     table = {j: per_fact(questions, [1 - comb(k - h, j) / comb(k, j) for h in hits]) for j in range(1, k + 1)}
-    drawn = curves(
+    shown = curves(
         table,
         facts,
         "Sampled answers",
@@ -90,7 +99,7 @@ def leak_at_k(
         "forms": ", ".join(forms),
         "seed": str(seed),
     }
-    return Scores("leak_at_k", "T0", table[k], "share", drawn, settings)
+    return Scores("leak_at_k", "T0", table[k], "share", shown, settings)
 
 
 def samples(
@@ -101,10 +110,11 @@ def samples(
     seed: int,
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
+    going_on: Callable[[int, str], bool] | None = None,
 ) -> list[list[str]]:
     """Return k sampled continuations of every question, each one token longer than its longest answer or option.
 
-    Samples of a question that agree so far share one run. One number between 0 and 1 is drawn for every question, sample
+    One of which ``going_on(index of the question, text so far)`` is False ends there. Samples of a question that agree so far share one run. One number between 0 and 1 is drawn for every question, sample
     and token beforehand, and picks the token by the cumulative distribution.
     """
     require_whole(model)
@@ -118,6 +128,12 @@ def samples(
     generator = torch.Generator().manual_seed(seed)
     picks = torch.rand(len(prompts), k, max(lengths), generator=generator, dtype=torch.float64)
     said = [[prompt] * k for prompt in prompts]
+
+    @cache
+    def ended(i: int, ids: Beginning) -> bool:
+        new = ids[len(prompts[i]) :]
+        return bool(new) and not going_on(i, tokenizer.decode(new, skip_special_tokens=True))  # type: ignore[misc]
+
     with tqdm(total=max(lengths), desc="samples", unit="token", disable=not progress, leave=False) as bar:
         for step in range(max(lengths)):
             growing = [
@@ -128,6 +144,7 @@ def samples(
                 and len(ids) == len(prompts[i]) + step  # has not stopped before
                 and (step == 0 or ids[-1] not in ends)
                 and (longest is None or len(ids) < longest)
+                and (going_on is None or not ended(i, ids))
             ]
             following = _next(model, {said[i][j]: picks[i, :, step] for i, j in growing}, batch_tokens)
             for i, j in growing:
@@ -162,6 +179,15 @@ def begins_with(text: str, answer: str) -> bool:
     """Whether a text begins with an answer as whole words, letter case, accents and punctuation aside."""
     words, wanted = plain(text), plain(answer)
     return bool(wanted) and words[: len(wanted)] == wanted
+
+
+def undecided(text: str, answer: str) -> bool:
+    """Whether it depends on what follows if a text begins with an answer; its last word may not be complete."""
+    words, wanted = plain(text), plain(answer)
+    if not wanted or len(words) > len(wanted):
+        return False
+    whole, last = words[:-1], "".join(words[-1:])
+    return whole == wanted[: len(whole)] and wanted[len(whole)].startswith(last)
 
 
 def plain(text: str) -> list[str]:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from _side_by_side import machine
-from scipy.stats import spearmanr
+from scipy.stats import pearsonr
 
 from repe_unlearn import foresee, load
 from repe_unlearn.answers import answers
@@ -68,8 +68,8 @@ def measured(layers: Sequence[int], region: str) -> list[dict[str, float]]:
             flush=True,
         )
     for name in ("reach", "taken"):
-        rho = spearmanr([row[name] for row in found], [row["unseen"] for row in found]).statistic
-        print(f"rank correlation of {name} with the margin that is lost in unseen wordings: {rho:.2f}")
+        r = pearsonr([row[name] for row in found], [row["unseen"] for row in found]).statistic
+        print(f"correlation of {name} with the margin that is lost in unseen wordings: {r:.2f}")
     return found
 
 

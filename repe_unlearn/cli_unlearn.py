@@ -118,8 +118,15 @@ def unlearn(
             if auto:
                 from .outlook import foresee
 
+                given = chosen.settings(options)
+                same = {name: given[name] for name in ("target", "ridge", "beta") if name in given}
                 outlook = foresee(
-                    network, tokenizer, source, layers=options.get("layers"), progress=not quiet
+                    network,
+                    tokenizer,
+                    source,
+                    layers=options.get("layers"),
+                    progress=not quiet,
+                    **(same if method.startswith("closed_form") else {}),
                 )
                 console.print(_escape(repr(outlook)), soft_wrap=True, highlight=False)
                 options["layers"] = list(outlook.chosen)

@@ -15,8 +15,10 @@ from repe_unlearn.answers import answers
 from repe_unlearn.audit.report import Report
 from repe_unlearn.cli import app
 from repe_unlearn.errors import InputError
+from repe_unlearn.facts import Facts
 from repe_unlearn.measured import patched
 from repe_unlearn.models import load
+from repe_unlearn.outlook import foresee
 from repe_unlearn.patch import Patch
 
 NPO = ["--method", "npo", "-o", "lr=3e-3", "-o", "steps=30"]
@@ -95,6 +97,24 @@ def test_the_spectrum_chooses_layers(folder: Path, tmp_path: Path) -> None:
     assert set(layers) <= {1, 2}
     names = Patch.load(out / "patch.safetensors").edits
     assert list(names) == [f"model.layers.{i}.mlp.down_proj.weight" for i in layers]
+
+
+def test_what_is_foreseen_is_the_edit_that_is_made(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    where = ["--forget", folder / "facts.jsonl", "--out", out, "--known", "0", "-q"]
+    how = ["--method", "closed_form_zero", "-o", "ridge=0.1", "-o", "beta=2"]
+    result = run(folder / "knows", *where, *how, "--auto", "--layers", "1-3")
+    assert result.exit_code in (0, 3), result.output
+    settings = json.loads(Report.from_json((out / "report.json").read_text()).facts["settings"])
+    loaded = load(folder / "knows", progress=False)
+    facts = Facts.read(folder / "facts.jsonl")
+    options = {"layers": [1, 2, 3], "ridge": 0.1, "beta": 2.0, "progress": False}
+    zero, other = (
+        foresee(loaded.model, loaded.tokenizer, facts, target=target, **options)
+        for target in ("zero", "mean_retain")
+    )
+    assert (settings["layers"], settings["alpha"]) == (list(zero.chosen), pytest.approx(zero.alpha))
+    assert settings["alpha"] != pytest.approx(other.alpha)  # control
 
 
 def test_free_text(folder: Path, tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from .solvers.ridge_edit import ridge_edit
 from .solvers.targets import Target
 from .taps import tap
 
-__all__ = ["TARGETS", "Place", "closed_form", "default_layers", "places_of", "wanted"]
+__all__ = ["TARGETS", "Place", "check_target", "closed_form", "default_layers", "places_of", "wanted"]
 
 _GROUPS = ("forget", "retain", "neighbour", "text", "decoy")
 _Group = Literal["forget", "retain", "neighbour", "text", "decoy"]
@@ -242,10 +242,7 @@ def _check(source: object, retain: object, target: object, strength: float, text
         raise InputError(f"got {type(retain).__name__} to keep; needed a Corpus, or None.")
     if isinstance(texts, str):
         raise InputError("got one string as texts; needed a list of passages.")
-    if not isinstance(target, Target) and target not in TARGETS:
-        raise InputError(
-            f"got target={target!r}; needed one of {', '.join(TARGETS)}, or a solvers.targets.Target."
-        )
+    check_target(target)
     if not 0 < strength < float("inf"):
         raise InputError(f"got strength={strength}; needed a number above 0.")
 
@@ -392,6 +389,18 @@ class _Solver:
             outputs.append(part.outputs.to("cpu", torch.float64)[mine])
             wordings += [self.prompts[i].wording for i in part.owner.cpu()[mine].tolist()]
         return torch.cat(keys), torch.cat(outputs), wordings
+
+
+def check_target(target: object) -> None:
+    """Refuse what is neither one of ``TARGETS`` nor a target.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if not isinstance(target, Target) and target not in TARGETS:
+        raise InputError(
+            f"got target={target!r}; needed one of {', '.join(TARGETS)}, or a solvers.targets.Target."
+        )
 
 
 Outputs: TypeAlias = tuple[Tensor, Sequence[str]]

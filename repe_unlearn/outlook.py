@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .activations import gather
 from .architectures import Architecture
-from .closed_form import TARGETS, Place, places_of, wanted
+from .closed_form import Place, check_target, places_of, wanted
 from .contrast import Contrast
 from .errors import InputError, NotEnoughDataError
 from .facts import Facts, Question, Role
@@ -152,10 +152,7 @@ def foresee(
     Example:
         ``outlook = foresee(model, tokenizer, facts, layers=range(8, 24)); outlook.chosen, outlook.alpha``
     """
-    if not isinstance(target, Target) and target not in TARGETS:
-        raise InputError(
-            f"got target={target!r}; needed one of {', '.join(TARGETS)}, or a solvers.targets.Target."
-        )
+    check_target(target)
     asked = _asked(facts, target)
     contrast = Contrast.from_classes(
         {role: [q.prompt for q in questions] for role, questions in asked.items()}, name=facts.name
